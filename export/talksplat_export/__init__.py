@@ -1,0 +1,1 @@
+"""From recordings and weights to what Triton serves: nets, training, fitting, ONNX."""
