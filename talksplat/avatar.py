@@ -1,0 +1,323 @@
+"""The avatar bundle: the only code that writes, reads and checks ``avatars/<id>/``.
+
+======================== ==================================================================================
+``avatar.json``          what the bundle is, its sizes, SHA-256 of every other file, provenance
+``gaussians.safetensors`` ``canonical`` f32 [14, N], ``bases`` i8 [14, 21, N], ``basis_scales`` f32 [14, 21]
+``adapter.safetensors``  ``adapter_in`` f32 [129, 64], ``adapter_out`` f32 [65, 20]: the personal head of the
+                         deformation net; the last row of each is the bias
+``plates.safetensors``   ``offsets`` i64 [P + 1] into plates.bin, ``viewmats`` f32 [P, 4, 4], ``K`` f32 [3, 3]
+``plates.bin``           P recorded frames as JPEG, one after the other
+======================== ==================================================================================
+
+The 14 attribute planes are means xyz, quats wxyz, log-scales, opacity logit, colors rgb (`ATTRIBUTES`). A frame's
+planes are ``canonical + sum_k weights[k] * basis_scales[:, k] * bases[:, k]``; `WEIGHTS` are the 20 coefficients that
+audio drives and, last, the blink. Nothing in a bundle is executed on reading: no pickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+import simplejpeg
+from safetensors import SafetensorError
+
+from talksplat import clock
+
+SCHEMA_VERSION = 1
+FORMAT = "talksplat-avatar"
+PROFILES = ("huma2",)
+
+ATTRIBUTES = 14  # means 3, quats 4, log-scales 3, opacity logit 1, colors 3
+FEATURES = 128  # of the audio encoder, a frame
+HIDDEN = 64  # of the personal head
+COEFFICIENTS = 20  # driven by audio
+BLINK = COEFFICIENTS  # index of the blink's weight
+WEIGHTS = COEFFICIENTS + 1
+
+MAX_GAUSSIANS = 200_000
+MAX_PLATES = 20_000
+MAX_BYTES = 1 << 30  # of all files together
+MAX_SIZE = 4096  # pixels a side
+
+_ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_MANIFEST = "avatar.json"
+_GAUSSIANS, _ADAPTER, _PLATES, _PACK = (
+    "gaussians.safetensors",
+    "adapter.safetensors",
+    "plates.safetensors",
+    "plates.bin",
+)
+_FILES = (_GAUSSIANS, _ADAPTER, _PLATES, _PACK)
+
+Float32 = npt.NDArray[np.float32]
+
+
+class BundleError(ValueError):
+    """The bundle is damaged, foreign, too new or too large; the message says which and what was expected."""
+
+
+class UnknownAvatarError(LookupError):
+    """There is no avatar of that id."""
+
+
+@dataclass(frozen=True, eq=False)
+class Avatar:
+    """One avatar as it lies in its bundle.
+
+    Raises:
+        BundleError: on construction, when shapes, dtypes or values do not fit together.
+    """
+
+    id: str
+    canonical: Float32  # [14, N]
+    bases: npt.NDArray[np.int8]  # [14, 21, N]
+    basis_scales: Float32  # [14, 21]
+    adapter_in: Float32  # [129, 64]
+    adapter_out: Float32  # [65, 20]
+    plates: Sequence[bytes | memoryview]  # P JPEGs of width x height
+    viewmats: Float32  # [P, 4, 4] head frame -> camera, of each plate
+    K: Float32  # [3, 3] pixels
+    width: int
+    height: int
+    audio_encoder: str  # SHA-256 of the encoder weights that the adapter was fitted to
+    profile: str = "huma2"
+    fps: int = clock.FPS
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_id(self.id, BundleError)
+        _require(self.profile in PROFILES, f"profile {self.profile!r} is not one of {', '.join(PROFILES)}")
+        _require(self.fps == clock.FPS, f"{self.fps} frames per second, expected {clock.FPS}")
+        for name, side in (("width", self.width), ("height", self.height)):
+            _require(
+                0 < side <= MAX_SIZE and side % 8 == 0,
+                f"{name} {side} is not a multiple of 8 up to {MAX_SIZE}",
+            )
+        n, p = self.gaussians, len(self.plates)
+        _require(0 < n <= MAX_GAUSSIANS, f"{n} Gaussians, expected 1 to {MAX_GAUSSIANS}")
+        _require(0 < p <= MAX_PLATES, f"{p} plates, expected 1 to {MAX_PLATES}")
+        _check("canonical", self.canonical, np.float32, (ATTRIBUTES, n))
+        _check("bases", self.bases, np.int8, (ATTRIBUTES, WEIGHTS, n))
+        _check("basis_scales", self.basis_scales, np.float32, (ATTRIBUTES, WEIGHTS))
+        _check("adapter_in", self.adapter_in, np.float32, (FEATURES + 1, HIDDEN))
+        _check("adapter_out", self.adapter_out, np.float32, (HIDDEN + 1, COEFFICIENTS))
+        _check("viewmats", self.viewmats, np.float32, (p, 4, 4))
+        _check("K", self.K, np.float32, (3, 3))
+
+    @property
+    def gaussians(self) -> int:
+        """How many Gaussians, N."""
+        return int(self.canonical.shape[-1])
+
+
+def check_id(avatar_id: str, error: type[Exception] = ValueError) -> str:
+    """Return ``avatar_id`` if it can name a bundle, else raise ``error``: an id is never a path."""
+    if not _ID.fullmatch(avatar_id):
+        raise error(
+            f"{avatar_id!r} is no avatar id: expected 1 to 64 of a-z, 0-9, '-', '_', beginning with a letter or digit"
+        )
+    return avatar_id
+
+
+def available(root: Path) -> list[str]:
+    """Ids of the bundles below ``root``, sorted; that one is listed does not mean that it is sound."""
+    if not root.is_dir():
+        return []
+    return sorted(path.parent.name for path in root.glob(f"*/{_MANIFEST}") if _ID.fullmatch(path.parent.name))
+
+
+def write(avatar: Avatar, root: Path) -> Path:
+    """Write ``root/<id>`` in one step: a reader sees the old bundle or the new one, never a part.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        BundleError: a plate is no JPEG of the avatar's size, or the bundle is too large.
+        OSError: the disk refused; nothing is left behind.
+    """
+    for index, plate in enumerate(avatar.plates):
+        _check_plate(index, plate, avatar.width, avatar.height)
+    contents = {
+        _GAUSSIANS: safetensors.numpy.save(
+            {"canonical": avatar.canonical, "bases": avatar.bases, "basis_scales": avatar.basis_scales}
+        ),
+        _ADAPTER: safetensors.numpy.save({"adapter_in": avatar.adapter_in, "adapter_out": avatar.adapter_out}),
+        _PLATES: safetensors.numpy.save(
+            {
+                "offsets": np.cumsum([0, *map(len, avatar.plates)], dtype=np.int64),
+                "viewmats": avatar.viewmats,
+                "K": avatar.K,
+            }
+        ),
+        _PACK: b"".join(avatar.plates),
+    }
+    total = sum(map(len, contents.values()))
+    _require(total <= MAX_BYTES, f"the bundle would be {total} bytes, at most {MAX_BYTES} are read")
+    manifest = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "id": avatar.id,
+        "profile": avatar.profile,
+        "fps": avatar.fps,
+        "width": avatar.width,
+        "height": avatar.height,
+        "audio_encoder": avatar.audio_encoder,
+        "provenance": dict(avatar.provenance),
+        "files": {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()
+        },
+    }
+    contents[_MANIFEST] = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+
+    root.mkdir(parents=True, exist_ok=True)
+    target = root / avatar.id
+    staging = Path(tempfile.mkdtemp(prefix=f".{avatar.id}-", dir=root))
+    try:
+        staging.chmod(0o755)
+        for name, data in contents.items():
+            with (staging / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        if target.exists():  # a folder can't be replaced in one call: move the old one aside first
+            retired = staging.with_name(staging.name + ".old")
+            target.rename(retired)
+            staging.rename(target)
+            shutil.rmtree(retired)
+        else:
+            staging.rename(target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return target
+
+
+def read(root: Path, avatar_id: str) -> Avatar:
+    """Read and check ``root/<avatar_id>``.
+
+    Raises:
+        UnknownAvatarError: there is none, or the id can't name one.
+        BundleError: it is damaged, foreign, too new or too large.
+    """
+    folder = root / check_id(avatar_id, UnknownAvatarError)
+    try:
+        text = (folder / _MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnknownAvatarError(f"there is no avatar {avatar_id!r}") from None
+    try:
+        manifest = _manifest(text, avatar_id)
+        return _load(folder, manifest)
+    except BundleError as error:
+        raise BundleError(f"avatar {avatar_id!r} can't be read: {error}") from error
+
+
+def _manifest(text: bytes, avatar_id: str) -> dict[str, Any]:
+    try:
+        manifest = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{_MANIFEST} is not JSON ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise BundleError(f'{_MANIFEST} is not of format "{FORMAT}": something else wrote it')
+    version = manifest.get("schema_version")
+    if not isinstance(version, int) or version < 1:
+        raise BundleError(f"schema_version is {version!r}, expected a whole number from 1")
+    if version > SCHEMA_VERSION:
+        raise BundleError(
+            f"its schema version is {version}, this talksplat reads up to {SCHEMA_VERSION}: update talksplat"
+        )
+    _require(manifest.get("id") == avatar_id, f"it says it is {manifest.get('id')!r}: the folder was renamed")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or set(files) != set(_FILES):
+        raise BundleError(f'"files" must list exactly {", ".join(_FILES)}')
+    for key, kind in (
+        ("width", int),
+        ("height", int),
+        ("fps", int),
+        ("profile", str),
+        ("audio_encoder", str),
+    ):
+        _require(isinstance(manifest.get(key), kind), f"{key!r} is missing or not of type {kind.__name__}")
+    return manifest
+
+
+def _load(folder: Path, manifest: dict[str, Any]) -> Avatar:
+    contents: dict[str, bytes] = {}
+    total = 0
+    for name in _FILES:
+        entry = manifest["files"][name]
+        path = folder / name
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise BundleError(f"{name} is missing") from None
+        total += size
+        _require(total <= MAX_BYTES, f"it holds more than {MAX_BYTES} bytes")
+        _require(isinstance(entry, dict) and size == entry.get("bytes"), f"{name} is {size} bytes, not as recorded")
+        contents[name] = path.read_bytes()
+        digest = hashlib.sha256(contents[name]).hexdigest()
+        _require(digest == entry.get("sha256"), f"{name} is damaged: its SHA-256 differs from the recorded one")
+    try:
+        gaussians, adapter, plates = (safetensors.numpy.load(contents[name]) for name in _FILES[:3])
+        offsets, pack = plates["offsets"], memoryview(contents[_PACK])
+        _require(
+            offsets.dtype == np.int64
+            and offsets.ndim == 1
+            and 2 <= len(offsets) <= MAX_PLATES + 1
+            and offsets[0] == 0
+            and offsets[-1] == len(pack)
+            and bool((np.diff(offsets) > 0).all()),
+            "the plates' offsets do not rise from 0 to the size of the pack",
+        )
+        return Avatar(
+            id=manifest["id"],
+            **gaussians,
+            **adapter,
+            plates=[pack[a:b] for a, b in itertools.pairwise(offsets)],
+            viewmats=plates["viewmats"],
+            K=plates["K"],
+            width=manifest["width"],
+            height=manifest["height"],
+            audio_encoder=manifest["audio_encoder"],
+            profile=manifest["profile"],
+            fps=manifest["fps"],
+            provenance=manifest.get("provenance") or {},
+        )
+    except SafetensorError as error:
+        raise BundleError(f"a tensor file is malformed ({error})") from error
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"a tensor file holds other tensors than expected ({error})") from error
+
+
+def _check_plate(index: int, plate: bytes | memoryview, width: int, height: int) -> None:
+    try:
+        found_height, found_width, *_ = simplejpeg.decode_jpeg_header(plate)
+    except ValueError as error:
+        raise BundleError(f"plate {index} is no JPEG ({error})") from error
+    if (found_width, found_height) != (width, height):
+        raise BundleError(f"plate {index} is {found_width}x{found_height}, expected {width}x{height}")
+
+
+def _check(name: str, array: npt.NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        raise BundleError(f"{name} is {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} {list(shape)}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise BundleError(f"{name} holds NaN or infinity")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise BundleError(message)

@@ -1,0 +1,62 @@
+"""What every benchmark shares: the machine's name, the commit, the JSON file and the table."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from rich.console import Console
+from rich.table import Table
+
+Row: TypeAlias = dict[str, str | int | float | None]
+
+
+def machine() -> str:
+    """One line that says where the figures come from: processor, cores, widest vectors, system."""
+    model, flags = platform.processor() or platform.machine(), ""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip() == "flags":
+                flags = value
+    vectors = next((name for name in ("avx512f", "avx2") if name in flags.split()), "no AVX2")
+    cores = len(os.sched_getaffinity(0))
+    return f"{model}, {cores} cores, {vectors}, Linux {platform.release()}, Python {platform.python_version()}"
+
+
+def commit() -> str:
+    """The checked-out commit, with ``-dirty`` where files differ; ``unknown`` outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def report(name: str, rows: Sequence[Row], json_path: Path | None) -> None:
+    """Print ``rows`` as a table and, where a path is given, write them as JSON."""
+    table = Table(title=f"{name}: {machine()}", title_justify="left")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    Console().print(table)
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        document = {"machine": machine(), "commit": commit(), "rows": list(rows)}
+        json_path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _cell(value: str | int | float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,161 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from talksplat import avatar as bundle
+from talksplat.avatar import Avatar, BundleError, UnknownAvatarError
+
+
+def make(avatar_id: str = "kim", n: int = 5, **changes: Any) -> Avatar:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 255, (16, 24, 3), dtype=np.uint8)
+    fields: dict[str, Any] = {
+        "id": avatar_id,
+        "canonical": rng.normal(size=(14, n)).astype(np.float32),
+        "bases": rng.integers(-127, 128, (14, 21, n), dtype=np.int8),
+        "basis_scales": rng.random((14, 21), dtype=np.float32),
+        "adapter_in": rng.normal(size=(129, 64)).astype(np.float32),
+        "adapter_out": rng.normal(size=(65, 20)).astype(np.float32),
+        "plates": [simplejpeg.encode_jpeg(picture, quality=50 + i) for i in range(3)],
+        "viewmats": np.tile(np.eye(4, dtype=np.float32), (3, 1, 1)),
+        "K": np.eye(3, dtype=np.float32),
+        "width": 24,
+        "height": 16,
+        "audio_encoder": "0" * 64,
+        "provenance": {"source": "noise"},
+    }
+    return Avatar(**(fields | changes))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return bundle.write(make(), tmp_path)
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "avatar.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    written = make()
+    bundle.write(written, tmp_path)
+    found = bundle.read(tmp_path, "kim")
+    for name in ("canonical", "bases", "basis_scales", "adapter_in", "adapter_out", "viewmats", "K"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(written, name))
+    assert [bytes(plate) for plate in found.plates] == list(written.plates)
+    assert (found.width, found.height, found.provenance) == (24, 16, {"source": "noise"})
+    assert bundle.available(tmp_path) == ["kim"]
+
+
+def test_writing_again_replaces_the_bundle_and_leaves_nothing_else(tmp_path: Path) -> None:
+    bundle.write(make(n=5), tmp_path)
+    bundle.write(make(n=7), tmp_path)
+    assert bundle.read(tmp_path, "kim").gaussians == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["kim"]
+
+
+def test_a_failed_write_keeps_the_old_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle.write(make(n=5), tmp_path)
+
+    def full(_: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        bundle.write(make(n=7), tmp_path)
+    assert bundle.read(tmp_path, "kim").gaussians == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["kim"]
+
+
+@pytest.mark.parametrize("name", ["gaussians.safetensors", "adapter.safetensors", "plates.safetensors", "plates.bin"])
+def test_one_flipped_bit_is_refused_by_name(folder: Path, name: str) -> None:
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=f"{name} is damaged"):
+        bundle.read(folder.parent, "kim")
+
+
+def test_a_missing_or_truncated_file_is_refused(folder: Path) -> None:
+    (folder / "plates.bin").write_bytes(b"")
+    with pytest.raises(BundleError, match="not as recorded"):
+        bundle.read(folder.parent, "kim")
+    (folder / "plates.bin").unlink()
+    with pytest.raises(BundleError, match=r"plates\.bin is missing"):
+        bundle.read(folder.parent, "kim")
+
+
+def test_a_newer_schema_is_refused_with_advice(folder: Path) -> None:
+    edit(folder, schema_version=bundle.SCHEMA_VERSION + 1)
+    with pytest.raises(BundleError, match="update talksplat"):
+        bundle.read(folder.parent, "kim")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"format": "other"}, "something else wrote it"),
+        ({"schema_version": "1"}, "schema_version"),
+        ({"id": "lee"}, "renamed"),
+        ({"files": {}}, "must list exactly"),
+        ({"width": None}, "'width'"),
+        ({"fps": 30}, "30 frames"),
+        ({"profile": "huma9"}, "huma9"),
+    ],
+)
+def test_a_foreign_manifest_is_refused_with_the_reason(folder: Path, change: dict[str, object], reason: str) -> None:
+    edit(folder, **change)
+    with pytest.raises(BundleError, match=reason):
+        bundle.read(folder.parent, "kim")
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=300))
+def test_any_bytes_as_manifest_are_refused_cleanly(folder: Path, data: bytes) -> None:
+    (folder / "avatar.json").write_bytes(data)
+    with pytest.raises(BundleError):
+        bundle.read(folder.parent, "kim")
+
+
+@pytest.mark.parametrize("name", ["", "../kim", "Kim", "a/b", ".hidden", "x" * 65, "kim\n"])
+def test_an_id_is_never_a_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UnknownAvatarError, match="no avatar id"):
+        bundle.read(tmp_path, name)
+    with pytest.raises(BundleError, match="no avatar id"):
+        make(name)
+
+
+def test_an_absent_avatar_is_unknown(tmp_path: Path) -> None:
+    with pytest.raises(UnknownAvatarError, match="'kim'"):
+        bundle.read(tmp_path, "kim")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"canonical": np.zeros((14, 4), np.float32)}, r"bases is int8 \[14, 21, 5\]"),
+        ({"canonical": np.zeros((14, 0), np.float32)}, "0 Gaussians"),
+        ({"canonical": np.full((14, 5), np.nan, np.float32)}, "NaN"),
+        ({"adapter_in": np.zeros((129, 64))}, "float64"),
+        ({"plates": []}, "0 plates"),
+        ({"width": 20}, "multiple of 8"),
+    ],
+)
+def test_arrays_that_do_not_fit_together_are_refused(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BundleError, match=reason):
+        make(**change)
+
+
+@pytest.mark.parametrize("plates", [[b"GIF89a"], [simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8))]])
+def test_plates_that_are_no_jpeg_of_the_size_are_not_written(tmp_path: Path, plates: list[bytes]) -> None:
+    with pytest.raises(BundleError, match="plate 0"):
+        bundle.write(make(plates=plates, viewmats=np.eye(4, dtype=np.float32)[None]), tmp_path)
+    assert list(tmp_path.iterdir()) == []
