@@ -1,1 +1,80 @@
-# Everything a newcomer needs is `make demo` and `make test`; `make help` lists the rest.
+# `make demo` and `make test` do all set-up themselves; `make help` lists the rest.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(shell command -v $(p) >/dev/null && $(p) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' && echo $(p))) python3)
+# A package index to look in besides pip's own: PyPI's torch for Linux brings gigabytes of CUDA, a CPU index does not.
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX) )$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+export PIP_NO_WARN_SCRIPT_LOCATION := 1
+
+SOURCES := CMakeLists.txt $(wildcard talksplat/splat/src/*)
+PROJECTS := constraints.txt pyproject.toml client/pyproject.toml export/pyproject.toml
+
+.PHONY: help
+help:  ## this list
+	@awk -F ':.*## +' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: models  ## animate demo/speech.wav with the avatar ava: writes demo/out/ava.mp4
+	@$(BIN)/python demo/demo.py
+
+.PHONY: serve
+serve: models  ## start the server and keep it up; prints its endpoints
+	@$(BIN)/talksplat-server up
+
+.PHONY: test
+test: models $(VENV)/.dev lint types  ## all tests, lint and types
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: $(VENV)/.dev  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: types
+types: $(VENV)/.dev  ## mypy --strict
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: models  ## every benchmark; prints tables, writes bench/NAME.json
+	$(BIN)/talksplat-server bench splat --json bench/splat.json
+	$(BIN)/talksplat-server bench preload --json bench/preload.json
+	$(BIN)/talksplat-server bench animate --json bench/animate.json
+	$(MAKE) bench-recordings
+
+RECORDINGS ?= ../shared/data
+.PHONY: bench-recordings
+bench-recordings: models  ## the benchmarks that need recordings, in RECORDINGS
+	@if [ -d $(RECORDINGS) ]; then set -x; \
+	  $(BIN)/talksplat-server bench asr --set $(RECORDINGS)/speech/eval/lj --json bench/asr.json; \
+	  $(BIN)/talksplat-export quality avatars/ava $(RECORDINGS)/faces/subject_a.mp4 --audio $(RECORDINGS)/faces/subject_a.flac \
+	    --track $(RECORDINGS)/faces/subject_a_ground_truth.npz --json bench/quality.json; \
+	else echo "No recordings in $(RECORDINGS): the benchmarks asr and quality are left out (RECORDINGS=... names the folder)."; fi
+
+.PHONY: models
+models: $(VENV)/.installed  ## export every model that is missing or stale into model_repository/
+	@$(BIN)/talksplat-export models
+
+.PHONY: clean
+clean:  ## remove what was built and exported, but not the environment
+	rm -rf build bench runs demo/out .mypy_cache .pytest_cache .ruff_cache
+	find model_repository -name '*.onnx*' -delete
+
+$(VENV)/.installed: $(PROJECTS) $(SOURCES)
+	@$(PYTHON) tools/preflight.py
+	@echo "Installing into $(VENV) (the first time takes a few minutes) ..."
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(PIP) scikit-build-core nanobind cmake ninja hatchling editables
+	$(PIP) --no-build-isolation -e . -e './client[media]' -e ./export
+	$(PIP) --no-deps silero-vad moonshine-cpp moonshine-voice
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout hypothesis whisper_normalizer espeakng-loader
+	@touch $@
