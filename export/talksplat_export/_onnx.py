@@ -147,9 +147,7 @@ def _check_tensors(
         for index, dim in enumerate(tensor.shape.dim):
             fixed = dim.HasField("dim_value")
             if index in free and fixed:
-                raise ExportError(
-                    f"Dim {index} of {value.name} was fixed at {dim.dim_value} by the exporter."
-                )
+                raise ExportError(f"Dim {index} of {value.name} was fixed at {dim.dim_value} by the exporter.")
             if index in free:
                 dim.dim_param = free[index]
             elif not fixed or dim.dim_value != example.shape[index]:

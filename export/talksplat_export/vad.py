@@ -1,0 +1,152 @@
+"""Voice activity: Silero VAD 6.2.3 (MIT, https://github.com/snakers4/silero-vad) as one stateless graph a window.
+
+Silero steps through a stream, 512 new samples after 64 of context, with an LSTM's state between the steps, and
+its stock files have `If` nodes. Here the steps over one window are unrolled from a zero state: no state links
+one request to the next, windows of different streams batch, and nothing in the graph stops TensorRT.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from talksplat.clock import CHUNK_FRAMES, LEFT_CONTEXT, SAMPLES_PER_FRAME, WINDOW
+
+from ._onnx import export as export_onnx
+from ._onnx import parity
+from ._wheels import wheel_file
+
+TOLERANCE = 1e-5  # of a probability
+
+STEP = 512  # new samples a step
+CONTEXT = 64  # samples of the step before, put in front of them
+STEPS = (WINDOW - CONTEXT) // STEP  # 28
+FIRST_STEP = WINDOW - STEPS * STEP  # sample of the window where the first step's new samples begin
+
+SMOOTHING = (1 / 9, 2 / 9, 3 / 9, 2 / 9, 1 / 9)  # over the frame and two on either side
+
+_HOP, _HIDDEN = 128, 128
+_STRIDES = (1, 2, 2, 1)
+
+
+def frame_steps() -> list[range]:
+    """For each frame of the chunk, and two on either side, the steps whose new samples overlap it."""
+    reach = len(SMOOTHING) // 2
+    first = LEFT_CONTEXT // SAMPLES_PER_FRAME
+    ranges = []
+    for frame in range(first - reach, first + CHUNK_FRAMES + reach):
+        begin = frame * SAMPLES_PER_FRAME - FIRST_STEP
+        end = begin + SAMPLES_PER_FRAME
+        ranges.append(range(begin // STEP, -(-end // STEP)))
+    return ranges
+
+
+class SileroVad(nn.Module):
+    """`AUDIO` [B, WINDOW] -> `SPEECH` [B, CHUNK_FRAMES], the probability of speech in each frame of the chunk.
+
+    A frame has the largest probability of the steps that overlap it, smoothed by a triangle over five frames,
+    so that the mouth opens and closes without a jump.
+    """
+
+    samples: Tensor
+    overlapping: Tensor
+    smoothing: Tensor
+    spectrum: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Each step's samples, mirrored at its right end by as many as its context has.
+        size = CONTEXT + STEP
+        mirrored = np.concatenate([np.arange(size), np.arange(size - 2, size - 2 - CONTEXT, -1)])
+        starts = FIRST_STEP - CONTEXT + STEP * np.arange(STEPS)
+        self.register_buffer("samples", torch.from_numpy(starts[:, None] + mirrored).flatten(), persistent=False)
+        overlapping = torch.tensor([list(steps) for steps in frame_steps()])  # two for every frame
+        self.register_buffer("overlapping", overlapping.flatten(), persistent=False)
+        self.register_buffer("smoothing", torch.tensor(SMOOTHING)[None, None], persistent=False)
+
+        self.register_buffer("spectrum", torch.zeros(2 * (_HOP + 1), 1, 2 * _HOP))
+        widths = (_HOP + 1, 128, 64, 64, _HIDDEN)
+        self.encoder = nn.ModuleList(
+            nn.Conv1d(before, after, 3, stride, padding=1)
+            for (before, after), stride in zip(pairwise(widths), _STRIDES, strict=True)
+        )
+        self.gates_in = nn.Linear(_HIDDEN, 4 * _HIDDEN)
+        self.gates_recurrent = nn.Linear(_HIDDEN, 4 * _HIDDEN, bias=False)
+        self.output = nn.Linear(_HIDDEN, 1)
+
+    def forward(
+        self,
+        audio: Tensor,  # [B, WINDOW]
+    ) -> Tensor:  # [B, CHUNK_FRAMES]
+        """Everything but the recurrence runs over all steps at once."""
+        steps = audio.index_select(1, self.samples).reshape(-1, 1, CONTEXT + STEP + CONTEXT)
+        real, imaginary = F.conv1d(steps, self.spectrum, stride=_HOP).chunk(2, dim=1)
+        x = torch.sqrt(real * real + imaginary * imaginary)
+        for layer in self.encoder:
+            x = F.relu(layer(x))
+        gates = self.gates_in(x.squeeze(2)).unflatten(0, (-1, STEPS))  # [B, STEPS, 4 * _HIDDEN]
+        hidden = cell = torch.zeros_like(gates[:, 0, :_HIDDEN])
+        outputs = []
+        for step in range(STEPS):
+            inward, forget, new, outward = (gates[:, step] + self.gates_recurrent(hidden)).chunk(4, dim=1)
+            cell = torch.sigmoid(forget) * cell + torch.sigmoid(inward) * torch.tanh(new)
+            hidden = torch.sigmoid(outward) * torch.tanh(cell)
+            outputs.append(hidden)
+        probabilities = torch.sigmoid(self.output(F.relu(torch.stack(outputs, dim=1)))).squeeze(2)
+        frames = probabilities.index_select(1, self.overlapping).unflatten(1, (-1, 2)).amax(dim=2)
+        return F.conv1d(frames.unsqueeze(1), self.smoothing).squeeze(1)
+
+
+def load() -> SileroVad:
+    """The module with the weights of the silero-vad wheel.
+
+    Raises:
+        WeightsError: the wheel is not installed, or is not the release whose hash is pinned here.
+    """
+    path = wheel_file(
+        "silero_vad",
+        "data/silero_vad_16k_sequence.onnx",  # the same numbers as the stock model; the .safetensors are others
+        sha256="9ccdacc4719d8aa7e45a77536bfabec45a03ba1f2fad5e241ab4060b24238a85",
+    )
+    graph = onnx.load(path).graph
+    stock = {tensor.name: torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()) for tensor in graph.initializer}
+    recurrence = next(node for node in graph.node if node.op_type == "LSTM")
+    weight_in, weight_recurrent, bias = (stock[name][0] for name in recurrence.input[1:4])
+
+    def gates(rows: Tensor) -> Tensor:
+        """Gates are in the order input, output, forget, new in ONNX; input, forget, new, output here."""
+        inward, outward, forget, new = rows.chunk(4)
+        return torch.cat([inward, forget, new, outward])
+
+    bias_in, bias_recurrent = bias.chunk(2)
+    state = {
+        "spectrum": stock["stft.forward_basis_buffer"],
+        "gates_in.weight": gates(weight_in),
+        "gates_in.bias": gates(bias_in) + gates(bias_recurrent),
+        "gates_recurrent.weight": gates(weight_recurrent),
+        "output.weight": stock["output.weight"].squeeze(2),
+        "output.bias": stock["output.bias"],
+        **{name: tensor for name, tensor in stock.items() if name.startswith("encoder.")},
+    }
+    module = SileroVad()
+    module.load_state_dict(state)
+    return module.eval()
+
+
+def export(repository: Path) -> None:
+    """Write `vad/1/model.onnx` and compare it with the module.
+
+    Raises:
+        WeightsError, ExportError: see `load` and `talksplat_export._onnx.export`.
+    """
+    module, path = load(), repository / "vad" / "1" / "model.onnx"
+    batch = {0: "batch"}
+    export_onnx(module, path, {"AUDIO": torch.zeros(2, WINDOW)}, ["SPEECH"], {"AUDIO": batch, "SPEECH": batch})
+    noise = torch.randn(3, WINDOW, generator=torch.Generator().manual_seed(0)) * 0.1
+    parity(module, path, {"AUDIO": noise}, TOLERANCE)
