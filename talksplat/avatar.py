@@ -16,6 +16,7 @@ audio drives and, last, the blink. Nothing in a bundle is executed on reading: n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -23,7 +24,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,16 +214,54 @@ def read(root: Path, avatar_id: str) -> Avatar:
         UnknownAvatarError: there is none, or the id can't name one.
         BundleError: it is damaged, foreign, too new or too large.
     """
+    with _errors_name(avatar_id):
+        folder, manifest = _open(root, avatar_id)
+        return _load(folder, manifest)
+
+
+def read_adapter(root: Path, avatar_id: str) -> tuple[Float32, Float32]:
+    """Read and check ``adapter_in`` [129, 64] and ``adapter_out`` [65, 20] alone; raises as `read` does."""
+    with _errors_name(avatar_id):
+        folder, manifest = _open(root, avatar_id)
+        contents = _contents(folder, manifest, [_ADAPTER])
+        try:
+            tensors = safetensors.numpy.load(contents[_ADAPTER])
+            adapter_in, adapter_out = tensors["adapter_in"], tensors["adapter_out"]
+        except (SafetensorError, KeyError) as error:
+            raise BundleError(f"{_ADAPTER} is malformed ({error})") from error
+        _check("adapter_in", adapter_in, np.float32, (FEATURES + 1, HIDDEN))
+        _check("adapter_out", adapter_out, np.float32, (HIDDEN + 1, COEFFICIENTS))
+        return adapter_in, adapter_out
+
+
+def version(root: Path, avatar_id: str) -> tuple[int, int, int]:
+    """Something that changes when the bundle is written anew, at the price of one look at the disk.
+
+    Raises:
+        UnknownAvatarError: there is none, or the id can't name one.
+    """
+    try:
+        status = (root / check_id(avatar_id, UnknownAvatarError) / _MANIFEST).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnknownAvatarError(f"there is no avatar {avatar_id!r}") from None
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+@contextlib.contextmanager
+def _errors_name(avatar_id: str) -> Iterator[None]:
+    try:
+        yield
+    except BundleError as error:
+        raise BundleError(f"avatar {avatar_id!r} can't be read: {error}") from error
+
+
+def _open(root: Path, avatar_id: str) -> tuple[Path, dict[str, Any]]:
     folder = root / check_id(avatar_id, UnknownAvatarError)
     try:
         text = (folder / _MANIFEST).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UnknownAvatarError(f"there is no avatar {avatar_id!r}") from None
-    try:
-        manifest = _manifest(text, avatar_id)
-        return _load(folder, manifest)
-    except BundleError as error:
-        raise BundleError(f"avatar {avatar_id!r} can't be read: {error}") from error
+    return folder, _manifest(text, avatar_id)
 
 
 def _manifest(text: bytes, avatar_id: str) -> dict[str, Any]:
@@ -254,10 +293,10 @@ def _manifest(text: bytes, avatar_id: str) -> dict[str, Any]:
     return manifest
 
 
-def _load(folder: Path, manifest: dict[str, Any]) -> Avatar:
+def _contents(folder: Path, manifest: dict[str, Any], names: Sequence[str]) -> dict[str, bytes]:
     contents: dict[str, bytes] = {}
     total = 0
-    for name in _FILES:
+    for name in names:
         entry = manifest["files"][name]
         path = folder / name
         try:
@@ -270,6 +309,11 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Avatar:
         contents[name] = path.read_bytes()
         digest = hashlib.sha256(contents[name]).hexdigest()
         _require(digest == entry.get("sha256"), f"{name} is damaged: its SHA-256 differs from the recorded one")
+    return contents
+
+
+def _load(folder: Path, manifest: dict[str, Any]) -> Avatar:
+    contents = _contents(folder, manifest, _FILES)
     try:
         gaussians, adapter, plates = (safetensors.numpy.load(contents[name]) for name in _FILES[:3])
         offsets, pack = plates["offsets"], memoryview(contents[_PACK])

@@ -1,0 +1,165 @@
+"""What has been loaded from avatar bundles, kept within a budget of bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from talksplat import avatar as bundle
+
+T = TypeVar("T")
+
+CHECK_SECONDS = 1.0  # how long a loaded bundle is served without a look at the disk
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Entry(Generic[T]):
+    value: T
+    version: object
+    bytes: int
+    checked: float
+    users: int = 0
+
+
+class AvatarCache(Generic[T]):
+    """Avatars by id: loaded on first use, replaced when their bundle changes, least recently used out first.
+
+    Any thread may call anything. A bundle that can't be read is refused each time it is asked for, until it is
+    mended; where an older version is loaded, that one is served on.
+
+    Args:
+        root: the folder of the bundles.
+        load: reads one avatar; raises UnknownAvatarError or BundleError.
+        size: the bytes that a loaded avatar takes.
+        max_bytes: of all together; exceeded only by avatars that are in use and by a single one above it.
+        dropped: is told of every avatar that leaves the cache.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        load: Callable[[Path, str], T],
+        size: Callable[[T], int],
+        max_bytes: int,
+        dropped: Callable[[T], None] = lambda _: None,
+    ) -> None:
+        self.root = root
+        self.max_bytes = max_bytes
+        self._load = load
+        self._size = size
+        self._dropped = dropped
+        self._entries: OrderedDict[str, _Entry[T]] = OrderedDict()
+        self._lock = threading.Lock()  # of the entries, held for moments
+        self._loading = threading.Lock()  # one bundle is read at a time, and none twice
+
+    @contextlib.contextmanager
+    def use(self, avatar_id: str, *, strict: bool = False) -> Iterator[T]:
+        """The avatar, which stays loaded until the block ends.
+
+        Args:
+            avatar_id: which.
+            strict: look at the disk now, and raise if the bundle there is broken even where an older one is loaded.
+
+        Raises:
+            UnknownAvatarError: there is none.
+            BundleError: its bundle can't be read.
+        """
+        entry = None if strict else self._fresh(avatar_id)
+        if entry is None:
+            entry = self._refresh(avatar_id, strict)
+        try:
+            yield entry.value
+        finally:
+            with self._lock:
+                entry.users -= 1
+            self._evict()
+
+    def drop(self, avatar_id: str) -> bool:
+        """Forget an avatar; whether it was loaded. Who uses it now keeps it to the end."""
+        with self._lock:
+            entry = self._entries.pop(avatar_id, None)
+        if entry is not None:
+            self._dropped(entry.value)
+        return entry is not None
+
+    def ids(self) -> list[str]:
+        """The loaded ones, least recently used first."""
+        with self._lock:
+            return list(self._entries)
+
+    @property
+    def bytes(self) -> int:
+        """Of all loaded avatars."""
+        with self._lock:
+            return sum(entry.bytes for entry in self._entries.values())
+
+    def _fresh(self, avatar_id: str) -> _Entry[T] | None:
+        """A loaded avatar whose bundle was looked at a moment ago, with one user more."""
+        with self._lock:
+            entry = self._entries.get(avatar_id)
+            if entry is None or time.monotonic() - entry.checked > CHECK_SECONDS:
+                return None
+            self._entries.move_to_end(avatar_id)
+            entry.users += 1
+            return entry
+
+    def _refresh(self, avatar_id: str, strict: bool) -> _Entry[T]:
+        with self._loading:
+            entry = None if strict else self._fresh(avatar_id)  # another thread may have been faster
+            if entry is not None:
+                return entry
+            with self._lock:
+                old = self._entries.get(avatar_id)
+            try:
+                version = self._version(avatar_id)
+                if old is None or old.version != version:
+                    value = self._load(self.root, avatar_id)
+                    entry = _Entry(value, version, self._size(value), time.monotonic())
+            except bundle.UnknownAvatarError:
+                self.drop(avatar_id)
+                raise
+            except bundle.BundleError as error:
+                if old is None or strict:
+                    raise
+                _log.warning("the loaded version is served on, since %s", error)
+            with self._lock:
+                new = entry or old
+                assert new is not None
+                new.checked = time.monotonic()
+                new.users += 1
+                self._entries[avatar_id] = new
+                self._entries.move_to_end(avatar_id)
+            if old is not None and new is not old:
+                self._dropped(old.value)
+        self._evict()
+        return new
+
+    def _version(self, avatar_id: str) -> object:
+        try:
+            return bundle.version(self.root, avatar_id)
+        except bundle.UnknownAvatarError:
+            time.sleep(0.01)  # a writer may be between moving the old bundle away and the new one in
+            return bundle.version(self.root, avatar_id)
+
+    def _evict(self) -> None:
+        evicted = []
+        with self._lock:
+            excess = sum(entry.bytes for entry in self._entries.values()) - self.max_bytes
+            for avatar_id in list(self._entries)[:-1]:  # the latest stays, whatever its size
+                entry = self._entries[avatar_id]
+                if excess <= 0:
+                    break
+                if entry.users == 0:
+                    evicted.append(self._entries.pop(avatar_id))
+                    excess -= entry.bytes
+        for entry in evicted:
+            self._dropped(entry.value)

@@ -1,0 +1,94 @@
+"""The command ``talksplat-server``: serve, and measure."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import signal
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from talksplat import avatar as bundle
+from talksplat import bench
+from talksplat.server import ROOT, Ports, Server, ServerError
+from talksplat.supervisor import Supervisor
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ServerError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(f"talksplat-server: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="talksplat-server", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    up = commands.add_parser("up", help="serve until Ctrl-C or SIGTERM, and start again what dies")
+    up.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: %(default)s")
+    up.add_argument("--avatars", type=Path, default=ROOT / "avatars", help="folder of bundles; default: %(default)s")
+    default = Ports()
+    up.add_argument("--http-port", type=int, default=default.http, help="default: %(default)s")
+    up.add_argument("--grpc-port", type=int, default=default.grpc, help="default: %(default)s")
+    up.add_argument("--metrics-port", type=int, default=default.metrics, help="default: %(default)s")
+    up.add_argument("--free-ports", action="store_true", help="take ports that are free instead")
+    up.add_argument("--run-dir", type=Path, help="folder of the log; default: runs/PORT beside the repository")
+    up.set_defaults(run=_up)
+
+    benches = commands.add_parser("bench", help="measure; prints a table").add_subparsers(required=True, metavar="NAME")
+    for module in pkgutil.iter_modules(bench.__path__):
+        if not module.name.startswith("_"):
+            _add_bench(benches, module.name)
+    return parser
+
+
+def _add_bench(benches: argparse._SubParsersAction[argparse.ArgumentParser], name: str) -> None:
+    module = importlib.import_module(f"talksplat.bench.{name}")
+    summary = (module.__doc__ or "").splitlines()[0]
+    parser = benches.add_parser(name, help=summary, description=summary)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    ports = Ports(arguments.http_port, arguments.grpc_port, arguments.metrics_port)
+    if arguments.free_ports:
+        ports = Ports.free()
+    run_dir = arguments.run_dir or arguments.repository.resolve().parent / "runs" / str(ports.grpc)
+    server = Server(arguments.repository, arguments.avatars, ports=ports, run_dir=run_dir)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+
+    def serving() -> None:
+        avatars = ", ".join(bundle.available(server.avatars)) or f"none in {server.avatars}"
+        console.print(f"Serving, as process {server.pid}; Ctrl-C stops it. Avatars: {avatars}.")
+        console.print(f"  gRPC     {server.grpc_url}\n  HTTP     http://{server.http_url}")
+        console.print(f"  metrics  {server.metrics_url}\n  log      {run_dir / 'triton.log'}")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
+    console.print("Starting Triton ...")
+    try:
+        Supervisor(server, console.print).run(serving)
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+    return 0
+
+
+def _interrupt(*_: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):  # a second one must not cut the stop short
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

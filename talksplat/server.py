@@ -1,0 +1,486 @@
+"""The embedded Triton: NVIDIA's tritonserver out of the nvidia-pytriton wheel, on a plain CPU.
+
+    with Server(avatars=Path("avatars"), ports=Ports.free()) as server:
+        client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
+
+The wheel carries the server, its Python backend and one backend stub a CPython version; the ONNX Runtime backend is
+this project's own (``backends/onnxruntime``). A started server has answered a real request through every model:
+Triton's readiness alone says little, since it stays true when a backend stub is dead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import urllib.request
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import numpy as np
+import psutil
+import tritonclient.grpc as triton
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.utils import InferenceServerException
+
+from talksplat import avatar as bundle
+from talksplat import clock
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = "127.0.0.1"
+STUB = "triton_python_backend_stub"
+SHARED_MEMORY = Path("/dev/shm")
+TAIL = 15  # lines of the log that a failed start shows
+
+
+class ServerError(RuntimeError):
+    """The server cannot start or does not serve; the message says why and, where known, what to do."""
+
+
+class MissingWheelError(ServerError):
+    """nvidia-pytriton is not installed, or is not the version that constraints.txt pins."""
+
+
+class UnsupportedPythonError(ServerError):
+    """The wheel has no backend stub for this Python."""
+
+
+class MissingModelsError(ServerError):
+    """Exported models are missing from the model repository."""
+
+
+class PortInUseError(ServerError):
+    """Something else listens on a port that the server was to take."""
+
+
+class StartError(ServerError):
+    """tritonserver ended while starting, or was not ready in time."""
+
+
+class NotServingError(ServerError):
+    """The server runs, but does not answer requests as it should."""
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The ports of one server, on the loopback interface."""
+
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+    @classmethod
+    def free(cls) -> Ports:
+        """Three ports that nothing listens on now."""
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+            for each in sockets:
+                each.bind((HOST, 0))
+            return cls(*(each.getsockname()[1] for each in sockets))
+
+    def check(self) -> None:
+        """Raise PortInUseError if one of them is taken: another server's answers would pass for our own."""
+        for name, port in vars(self).items():
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((HOST, port))
+                except OSError as error:
+                    raise PortInUseError(
+                        f"Port {port} ({name}) can't be used ({error.strerror}): stop what listens there, "
+                        f"or choose others with --{name}-port or --free-ports."
+                    ) from error
+
+
+class Server:
+    """One tritonserver process; a context manager.
+
+    Args:
+        repository: the model repository, with the exported models in it.
+        avatars: the folder of the avatar bundles.
+        ports: where to listen.
+        run_dir: keeps the log, ``triton.log``; by default a temporary folder that a clean stop removes.
+        start_timeout: seconds until the first canary must have been answered.
+    """
+
+    def __init__(
+        self,
+        repository: Path = ROOT / "model_repository",
+        avatars: Path = ROOT / "avatars",
+        *,
+        ports: Ports = Ports(),
+        run_dir: Path | None = None,
+        start_timeout: float = 60.0,
+    ) -> None:
+        self.repository = repository.resolve()
+        self.avatars = avatars.resolve()
+        self.ports = ports
+        self.run_dir = run_dir
+        self.start_timeout = start_timeout
+        self._process: subprocess.Popen[str] | None = None
+        self._stubs: list[psutil.Process] = []
+        self._temporary: Path | None = None
+        self._log: _Log | None = None
+        self._canary_avatar: tuple[str, object] | None = None  # and the version that was sound
+        # the launcher's id lets a later one clean up after a launcher that was killed
+        self._shm_prefix = f"talksplat-{os.getpid()}-{ports.grpc}-"
+
+    @property
+    def http_url(self) -> str:
+        """``host:port`` of the HTTP endpoint."""
+        return f"{HOST}:{self.ports.http}"
+
+    @property
+    def grpc_url(self) -> str:
+        """``host:port`` of the gRPC endpoint."""
+        return f"{HOST}:{self.ports.grpc}"
+
+    @property
+    def metrics_url(self) -> str:
+        """The Prometheus page."""
+        return f"http://{HOST}:{self.ports.metrics}/metrics"
+
+    @property
+    def pid(self) -> int | None:
+        """Of tritonserver, while it runs."""
+        return self._process.pid if self._process else None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start, and return once a canary has been answered.
+
+        Raises:
+            ServerError: one of its kinds; nothing is left running.
+        """
+        wheel = _Wheel.find()
+        _require_models(self.repository)
+        self.ports.check()
+        _remove_abandoned_regions()
+        try:
+            self._launch(wheel)
+            self._wait_until_serving(time.monotonic() + self.start_timeout)
+        except BaseException:
+            self._end(keep_log=True)
+            raise
+
+    def stop(self) -> None:
+        """Stop, and leave neither processes nor shared memory behind. Harmless when it is not running."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_EXIT_SECONDS + 3)
+        self._end(keep_log=False)
+
+    def kill(self) -> None:
+        """Stop at once, without waiting for requests that run."""
+        self._end(keep_log=False)
+
+    def dead_processes(self) -> str | None:
+        """Which of the server's processes have ended, in words; Triton itself says nothing of a dead stub."""
+        if self._process is None:
+            return "tritonserver is not running"
+        if (code := self._process.poll()) is not None:
+            return f"tritonserver ended with {code}"
+        ended = sum(1 for stub in self._stubs if not _is_alive(stub))
+        return f"{ended} of {len(self._stubs)} backend stubs ended" if ended else None
+
+    def processor_seconds(self) -> float:
+        """Processor time that the server's processes have used so far."""
+        total = 0.0
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
+    def canary(self, timeout: float) -> None:
+        """Send a real request through every model.
+
+        Without a sound avatar only the speech recognition can be asked.
+
+        Raises:
+            NotServingError: no answer within ``timeout`` seconds, or an error for an answer.
+        """
+        avatar_id = self._sound_avatar()
+        audio = triton.InferInput("AUDIO", [clock.CHUNK_SAMPLES], "FP32")
+        audio.set_data_from_numpy(np.zeros(clock.CHUNK_SAMPLES, np.float32))
+        inputs, model = [audio], "transcribe"
+        if avatar_id is not None:
+            name, index = triton.InferInput("AVATAR", [1], "BYTES"), triton.InferInput("FRAME_INDEX", [1], "INT64")
+            name.set_data_from_numpy(np.array([avatar_id.encode()], np.object_))
+            index.set_data_from_numpy(np.zeros(1, np.int64))
+            inputs, model = [audio, name, index], "speech_to_animation"
+        try:
+            with triton.InferenceServerClient(self.grpc_url) as client:
+                client.infer(model, inputs, client_timeout=timeout)
+        except InferenceServerException as error:
+            raise NotServingError(f"The canary through {model} failed: {error.message()}.") from error
+
+    def _sound_avatar(self) -> str | None:
+        """An avatar that can be read: a broken bundle must not make a server look broken."""
+        for avatar_id in bundle.available(self.avatars):
+            with contextlib.suppress(bundle.BundleError, bundle.UnknownAvatarError):
+                candidate = (avatar_id, bundle.version(self.avatars, avatar_id))
+                if candidate != self._canary_avatar:
+                    bundle.read(self.avatars, avatar_id)
+                    self._canary_avatar = candidate
+                return avatar_id
+        return None
+
+    def _launch(self, wheel: _Wheel) -> None:
+        self._temporary = Path(tempfile.mkdtemp(prefix="talksplat-"))
+        backends = self._temporary / "backends"
+        wheel.assemble(backends)
+        run_dir = self.run_dir or self._temporary
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._process = subprocess.Popen(
+            self._command(wheel, backends),
+            env=_environment(wheel, self.avatars),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # Ctrl-C reaches the launcher only, which stops it in order
+        )
+        assert self._process.stdout is not None
+        self._log = _Log(self._process.stdout, run_dir / "triton.log")
+
+    def _command(self, wheel: _Wheel, backends: Path) -> list[str]:
+        return [
+            str(wheel.server),
+            f"--model-repository={self.repository}",
+            f"--backend-directory={backends}",
+            f"--cache-directory={wheel.caches}",
+            f"--http-address={HOST}",
+            f"--http-port={self.ports.http}",
+            f"--grpc-address={HOST}",
+            f"--grpc-port={self.ports.grpc}",
+            f"--metrics-address={HOST}",
+            f"--metrics-port={self.ports.metrics}",
+            f"--exit-timeout-secs={_EXIT_SECONDS}",
+            "--disable-auto-complete-config",  # a config says what it means, and the start is faster
+            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+        ]
+
+    def _wait_until_serving(self, deadline: float) -> None:
+        while not _answers(f"http://{self.http_url}/v2/health/ready"):
+            assert self._process is not None
+            if (code := self._process.poll()) is not None:
+                raise StartError(f"tritonserver ended with {code} while starting.{self._reasons()}")
+            if time.monotonic() > deadline:
+                raise StartError(f"tritonserver was not ready after {self.start_timeout:g} s.{self._reasons()}")
+            time.sleep(0.05)
+        self._stubs = [process for process in self._processes() if process.name().startswith(STUB[:15])]
+        try:
+            self.canary(max(1.0, deadline - time.monotonic()))
+        except NotServingError as error:
+            raise StartError(f"{error}{self._reasons()}") from error
+
+    def _processes(self) -> list[psutil.Process]:
+        if self._process is None:
+            return []
+        with contextlib.suppress(psutil.Error):
+            server = psutil.Process(self._process.pid)
+            return [server, *server.children(recursive=True)]
+        return []
+
+    def _reasons(self) -> str:
+        assert self._log is not None
+        return self._log.reasons()
+
+    def _end(self, *, keep_log: bool) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # stubs too: those of a server that hangs or ended while loading
+            process.wait()
+        for stub in self._stubs:
+            with contextlib.suppress(psutil.Error):
+                stub.wait(5)
+        self._stubs = []
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+        _remove_regions(self._shm_prefix)
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary / "backends" if keep_log else self._temporary, ignore_errors=True)
+            self._temporary = None
+
+
+_EXIT_SECONDS = 5  # that requests which run get to end when the server is told to stop
+
+
+@dataclass(frozen=True)
+class _Wheel:
+    """The parts of the installed nvidia-pytriton."""
+
+    server: Path
+    libraries: Path
+    python_backend: Path
+    stub: Path
+    caches: Path
+
+    @classmethod
+    def find(cls) -> _Wheel:
+        spec = importlib.util.find_spec("pytriton")  # finds it without importing it
+        if spec is None or spec.origin is None:
+            raise MissingWheelError(
+                f"nvidia-pytriton, which carries tritonserver, is not installed for {sys.executable}: run `make setup`."
+            )
+        package = Path(spec.origin).parent
+        root = package / "tritonserver"
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        wheel = cls(
+            server=root / "bin" / "tritonserver",
+            libraries=package.parent / "nvidia_pytriton.libs",
+            python_backend=root / "backends" / "python",
+            stub=root / "python_backend_stubs" / version / STUB,
+            caches=root / "caches",
+        )
+        if wheel.server.exists() and not wheel.stub.exists():
+            raise UnsupportedPythonError(
+                f"nvidia-pytriton has no backend stub for Python {version}: use Python 3.11 or 3.12."
+            )
+        for path in vars(wheel).values():
+            if not path.exists():
+                raise MissingWheelError(f"nvidia-pytriton has no {path}: install the version of constraints.txt.")
+        return wheel
+
+    def assemble(self, target: Path) -> None:
+        """Make Triton's backend directory: the stub has to lie beside the Python backend's library."""
+        shutil.copytree(self.python_backend, target / "python", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy2(self.stub, target / "python")
+        (target / "onnxruntime").symlink_to(ROOT / "backends" / "onnxruntime")
+
+
+class _Log:
+    """Copies the server's output to a file: readable, without what is normal on a machine that has no GPU."""
+
+    def __init__(self, stream: IO[str], path: Path) -> None:
+        self.path = path
+        self._tail: deque[str] = deque(maxlen=TAIL)
+        self._errors: deque[str] = deque(maxlen=TAIL)
+        self._thread = threading.Thread(target=self._copy, args=(stream,), name="triton-log", daemon=True)
+        self._thread.start()
+
+    def reasons(self) -> str:
+        """The last errors, or else the last lines, for a message."""
+        time.sleep(0.1)  # the last words may still be on their way
+        lines = list(self._errors) or list(self._tail)
+        return "".join(f"\n  {line}" for line in lines) + f"\nThe whole log: {self.path}"
+
+    def close(self) -> None:
+        self._thread.join(5)
+
+    def _copy(self, stream: IO[str]) -> None:
+        with stream, self.path.open("w", buffering=1) as file:
+            for raw in stream:
+                line = readable(raw)
+                if line is None:
+                    continue
+                file.write(line + "\n")
+                self._tail.append(line)
+                if " ERROR " in line:
+                    self._errors.append(line)
+
+
+_LEVELS = {"I": "INFO", "W": "WARNING", "E": "ERROR", "F": "FATAL"}
+_LINE = re.compile(r'([IWEF])\d{4} (\d\d:\d\d:\d\d\.\d{3})\d* \d+ ([\w.]+):\d+\] "?(.*?)"?$')
+_HARMLESS = re.compile(
+    r"CudaDriverHelper|pinned memory|NVML|DCGM|nvidia-ml|CUDA memory pool|CUDA driver|cudaSuccess|"
+    r"unable to create stream|GPU metrics|cnmem|Failed to initialize NVML"
+)
+
+
+def readable(line: str) -> str | None:
+    """One line of tritonserver's output as ``time level message``, or None for one that says nothing here."""
+    line = line.rstrip()
+    if not line or _HARMLESS.search(line):
+        return None
+    if found := _LINE.match(line):
+        level, clock_time, _, message = found.groups()
+        return f"{clock_time} {_LEVELS[level]} {message}"
+    return line
+
+
+def _environment(wheel: _Wheel, avatars: Path) -> dict[str, str]:
+    """PATH selects the stubs' interpreter; without these libraries the server's start hangs."""
+    libraries = [str(wheel.libraries), sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH", "")]
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
+        "TALKSPLAT_AVATARS": str(avatars),
+        # each model has a process of its own: pools in all of them would fight for the cores
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+
+
+def _require_models(repository: Path) -> None:
+    configs = sorted(repository.glob("*/config.pbtxt"))
+    if not configs:
+        raise MissingModelsError(f"{repository} is no model repository: it has no config.pbtxt in any folder.")
+    missing = []
+    for path in configs:
+        try:
+            config = text_format.Parse(path.read_text(), ModelConfig())
+        except text_format.ParseError as error:
+            raise ServerError(f"{path} can't be parsed: {error}.") from error
+        file = path.parent / "1" / (config.default_model_filename or "model.onnx")
+        if config.backend == "onnxruntime" and not file.is_file():
+            missing.append(path.parent.name)
+    if missing:
+        raise MissingModelsError(f"{repository} lacks the exported model of {', '.join(missing)}: run `make models`.")
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=1) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return False
+
+
+def _remove_regions(prefix: str) -> None:
+    for region in SHARED_MEMORY.glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)
+
+
+def _remove_abandoned_regions() -> None:
+    """Those of launchers that were killed before they could clean up."""
+    for region in SHARED_MEMORY.glob("talksplat-*"):
+        launcher = region.name.split("-")[1]
+        if launcher.isdigit() and not psutil.pid_exists(int(launcher)):
+            region.unlink(missing_ok=True)

@@ -1,0 +1,100 @@
+"""Keeps an embedded server serving: starts it again when one of its processes dies or hangs.
+
+Triton can't be asked how it is: when a backend stub is killed, the server stays "ready" and never starts it again. So
+the processes themselves are looked at, which finds a death at once, and a canary request goes through every model,
+which finds what only looks alive.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from talksplat.server import NotServingError, Server, ServerError
+
+LOOK_SECONDS = 0.2  # between two looks at the processes
+CANARY_SECONDS = 5.0  # between two canaries
+CANARY_DEADLINE = 3.0  # for a canary's answer; two in a row must fail
+BUSY = 0.2  # cores: a server that uses more while a canary waits is at work, not hung,
+PATIENCE = 60.0  # for so many seconds
+STABLE_SECONDS = 60.0  # a server that served so long may break again at no delay
+LONGEST_DELAY = 30.0  # between two starts
+
+
+class Supervisor:
+    """Runs one server until it is interrupted.
+
+    Args:
+        server: not started yet.
+        say: is told what happens, in sentences.
+    """
+
+    def __init__(self, server: Server, say: Callable[[str], None]) -> None:
+        self._server = server
+        self._say = say
+        self._unanswered_since: float | None = None
+
+    def run(self, serving: Callable[[], None]) -> None:
+        """Start the server and keep it up; returns only by an exception, and leaves nothing running then.
+
+        Args:
+            serving: is called each time the server has begun to serve.
+
+        Raises:
+            ServerError: the first start failed: that is a matter of configuration, not of bad luck.
+        """
+        try:
+            self._server.start()
+            broken = 0  # times in a row
+            while True:
+                began = time.monotonic()
+                serving()
+                reason = self._watch()
+                self._server.kill()
+                broken = broken + 1 if time.monotonic() - began < STABLE_SECONDS else 1
+                self._say(f"The server stopped serving: {reason}.")
+                self._start_again(broken)
+        finally:
+            self._server.stop()
+
+    def _start_again(self, broken: int) -> None:
+        while True:
+            delay = min(LONGEST_DELAY, 2.0 ** (broken - 2)) if broken > 1 else 0.0
+            self._say("Starting it again" + (f" in {delay:g} s: it broke {broken} times in a row." if delay else "."))
+            time.sleep(delay)
+            try:
+                self._server.start()
+            except ServerError as error:
+                self._say(str(error))
+                broken += 1
+            else:
+                return
+
+    def _watch(self) -> str:
+        """Return once the server no longer serves, with the reason."""
+        failures, next_canary = 0, time.monotonic() + CANARY_SECONDS
+        self._unanswered_since = None
+        while True:
+            if (reason := self._server.dead_processes()) is not None:
+                return reason
+            if time.monotonic() >= next_canary:
+                problem = self._try_canary()
+                failures = failures + 1 if problem else 0
+                if failures > 1:
+                    return str(problem).rstrip(".")
+                next_canary = time.monotonic() + (0 if problem else CANARY_SECONDS)
+            time.sleep(LOOK_SECONDS)
+
+    def _try_canary(self) -> NotServingError | None:
+        """What is wrong, if anything; a server that is merely busy gets time."""
+        began, used = time.monotonic(), self._server.processor_seconds()
+        try:
+            self._server.canary(CANARY_DEADLINE)
+        except NotServingError as error:
+            now = time.monotonic()
+            since = self._unanswered_since = self._unanswered_since or began
+            busy = self._server.processor_seconds() - used > BUSY * (now - began)
+            unanswered = now - began >= CANARY_DEADLINE
+            return None if unanswered and busy and now - since < PATIENCE else error
+        self._unanswered_since = None
+        return None
