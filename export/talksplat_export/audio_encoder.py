@@ -1,0 +1,177 @@
+"""The audio encoder: a window of speech in, what the mouth is about to do out.
+
+Log-mel inside the graph, then unpadded convolutions only, so a frame's features depend on the audio around it and not
+on its place in the window: a stream cut into windows and a long recording encoded at once give the same features.
+Frame ``i`` describes the instant ``i / FPS`` seconds. It hears from LEFT_CONTEXT before that instant to 155 ms after
+it, which is 115 ms after the end of its own 40 ms.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from talksplat.avatar import FEATURES
+from talksplat.clock import LEFT_CONTEXT, SAMPLE_RATE, SAMPLES_PER_FRAME, WINDOW
+
+from . import _onnx
+
+HOP = 160  # samples between mel frames, 10 ms
+WEIGHTS = Path(__file__).with_name("weights") / "audio_encoder.safetensors"
+
+_N_FFT = 400
+_MELS = 64
+_WIDTH = 176
+_LEVEL_FRAMES = 40  # mel frames (400 ms) whose mean power is the reference level of the last of them
+_LEVEL_FLOOR = 1e-8  # -80 dBFS: below it nothing is lifted, so digital silence stays silent
+_RANGE_FLOOR = 1e-4  # 40 dB below the level counts as nothing
+_DILATIONS = (1, 1, 2, 2)
+_BLOCK_FRAMES = 1500  # frames that `encode` computes at once: a minute
+
+
+def mel_filters(mels: int = _MELS, n_fft: int = _N_FFT) -> npt.NDArray[np.float64]:
+    """Triangular filters [mels, n_fft // 2 + 1] on Slaney's mel scale (Auditory Toolbox, 1998), weights of sum 1."""
+    log_step = np.log(6.4) / 27  # linear below 1 kHz (15 mel), logarithmic above
+    top = 15 + np.log(SAMPLE_RATE / 2 / 1000) / log_step
+    mel = np.linspace(0, top, mels + 2)
+    edges = np.where(mel < 15, mel * 1000 / 15, 1000 * np.exp(log_step * (mel - 15)))
+    bins = np.linspace(0, SAMPLE_RATE / 2, n_fft // 2 + 1)
+    left, centre, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    triangles = np.clip(np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)), 0, None)
+    filters: npt.NDArray[np.float64] = triangles / triangles.sum(axis=1, keepdims=True)
+    return filters
+
+
+class MelPower(nn.Module):
+    """Audio [B, T] -> mel power [B, mels, (T - 400) // 160 + 1]; white noise of variance v gives about v.
+
+    The short-time Fourier transform is a strided convolution with a windowed DFT basis: a graph without STFT or
+    complex numbers compiles everywhere.
+    """
+
+    basis: Tensor
+    filters: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        window = np.hanning(_N_FFT + 1)[:-1]  # periodic
+        window /= np.sqrt(np.sum(window**2))
+        angle = 2 * np.pi / _N_FFT * np.outer(np.arange(_N_FFT // 2 + 1), np.arange(_N_FFT))
+        basis = np.concatenate([np.cos(angle), -np.sin(angle)]) * window
+        self.register_buffer("basis", torch.tensor(basis[:, None], dtype=torch.float32), persistent=False)
+        self.register_buffer("filters", torch.tensor(mel_filters()[..., None], dtype=torch.float32), persistent=False)
+
+    def forward(self, audio: Tensor) -> Tensor:  # noqa: D102
+        real, imaginary = F.conv1d(audio.unsqueeze(1), self.basis, stride=HOP).chunk(2, dim=1)
+        return F.conv1d(real * real + imaginary * imaginary, self.filters)
+
+
+class _Convolution(nn.Sequential):
+    """Unpadded convolution, batch normalisation (folded into it by every runtime) and ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1) -> None:
+        super().__init__(
+            nn.Conv1d(inputs, outputs, kernel, stride=stride, dilation=dilation, bias=False),
+            nn.BatchNorm1d(outputs),
+            nn.ReLU(),
+        )
+
+
+class AudioEncoder(nn.Module):
+    """AUDIO f32 [B, T] -> FEATURES f32 [B, (T - 12720) // 640 + 1, 128]; a request's T is WINDOW: 4 frames.
+
+    The features have zero mean and unit variance over the training speech.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mel_power = MelPower()
+        self.stem = _Convolution(_MELS, _WIDTH, 5, stride=2)  # 100 Hz -> 50 Hz
+        self.blocks = nn.ModuleList(_Convolution(_WIDTH, _WIDTH, 3, dilation=d) for d in _DILATIONS)
+        self.merge = _Convolution(_WIDTH, _WIDTH, 6, stride=2)  # 50 Hz -> 25 Hz
+        self.project = nn.Conv1d(_WIDTH, FEATURES, 1, bias=False)
+        self.standardise = nn.BatchNorm1d(FEATURES, affine=False)
+
+    def log_mel(self, audio: Tensor) -> Tensor:
+        """Log-mel [B, mels, frames] relative to the mean power of the 400 ms before, so that gain does not matter."""
+        power = self.mel_power(audio)
+        level = F.avg_pool1d(power.mean(dim=1, keepdim=True), _LEVEL_FRAMES, stride=1)
+        relative = power[:, :, _LEVEL_FRAMES - 1 :] / (level + _LEVEL_FLOOR)
+        return torch.log10(relative + _RANGE_FLOOR) + 2.0
+
+    def forward(self, audio: Tensor) -> Tensor:  # noqa: D102
+        x = self.stem(self.log_mel(audio))
+        for block, dilation in zip(self.blocks, _DILATIONS, strict=True):
+            x = x[:, :, dilation:-dilation] + block(x)
+        features: Tensor = self.standardise(self.project(self.merge(x)))
+        return features.transpose(1, 2)
+
+    @torch.inference_mode()
+    def encode(self, audio: Tensor) -> Tensor:
+        """Features [frames, 128] of a whole recording [T]; frames = ceil(T / 640), silence before and after it.
+
+        Raises:
+            ValueError: the recording is not one-dimensional, empty, or holds NaN or infinity.
+        """
+        if audio.ndim != 1 or len(audio) == 0:
+            raise ValueError(f"expected a recording [T] with T > 0, got shape {tuple(audio.shape)}")
+        if not bool(torch.isfinite(audio).all()):
+            raise ValueError("the recording holds NaN or infinity")
+        frames = -(-len(audio) // SAMPLES_PER_FRAME)
+        after = RECEPTIVE_FIELD - LEFT_CONTEXT + (frames - 1) * SAMPLES_PER_FRAME - len(audio)
+        padded = F.pad(audio, (LEFT_CONTEXT, max(after, 0)))
+        blocks = []
+        for first in range(0, frames, _BLOCK_FRAMES):
+            count = min(_BLOCK_FRAMES, frames - first)
+            start = first * SAMPLES_PER_FRAME
+            stop = start + RECEPTIVE_FIELD + (count - 1) * SAMPLES_PER_FRAME
+            blocks.append(self(padded[None, start:stop])[0])
+        return torch.cat(blocks)
+
+
+def _receptive_field() -> int:
+    """Samples that one frame hears."""
+    half_rate_frames = 6 + 2 * sum(_DILATIONS)
+    mel_frames = (half_rate_frames - 1) * 2 + 5 + _LEVEL_FRAMES - 1
+    return (mel_frames - 1) * HOP + _N_FFT
+
+
+RECEPTIVE_FIELD = _receptive_field()
+
+
+def load(weights: Path = WEIGHTS) -> AudioEncoder:
+    """The pretrained encoder, ready for inference."""
+    encoder = AudioEncoder()
+    encoder.load_state_dict(load_file(weights))
+    return encoder.eval()
+
+
+def stamp() -> str:
+    """A string that changes with the weights."""
+    return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+
+
+def export(repository: Path) -> None:
+    """Write ``audio_encoder/1/model.onnx`` into a model repository and check it against torch.
+
+    Raises:
+        ExportError: the graph is not as promised, or computes something else.
+    """
+    encoder, path = load(), repository / "audio_encoder" / "1" / "model.onnx"
+    generator = torch.Generator().manual_seed(0)
+    _onnx.export(
+        encoder,
+        path,
+        inputs={"AUDIO": 0.1 * torch.randn(2, WINDOW, generator=generator)},
+        outputs=["FEATURES"],
+        dynamic={"AUDIO": {0: "batch"}, "FEATURES": {0: "batch"}},
+    )
+    for batch in (1, 8):
+        _onnx.parity(encoder, path, {"AUDIO": 0.1 * torch.randn(batch, WINDOW, generator=generator)}, 5e-5)

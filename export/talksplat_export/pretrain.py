@@ -1,0 +1,282 @@
+"""Pretraining of the audio encoder: what is said, and what the lips do about it, at several instants around each
+frame.
+
+The encoder never sees a face. Its features are asked, through linear heads, for the phonemes and the articulation
+from 80 ms before to 80 ms after the frame's instant, so that a person-specific head without memory finds
+coarticulation in them. Each segment is seen twice, as recorded and degraded, and both have to give the same features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from talksplat.avatar import FEATURES
+from talksplat.bench._report import commit
+from talksplat.clock import FPS, LEFT_CONTEXT, SAMPLES_PER_FRAME
+
+from . import augment, phonemes, synthesis
+from ._onnx import write
+from .audio_encoder import HOP, RECEPTIVE_FIELD, WEIGHTS, AudioEncoder
+from .synthesis import LABEL_RATE, Recording
+
+OFFSETS = (-8, -4, 0, 4, 8)  # labels (10 ms) before or after the frame's instant that the heads are asked for
+_LABELS_PER_FRAME = LABEL_RATE // FPS
+_SMOOTHING = np.hanning(11)[1:-1] / np.hanning(11).sum()  # the lips take about 50 ms from one phoneme to the next
+_CONTEXT_LABELS = LEFT_CONTEXT // HOP
+_AFTER_LABELS = -(-(RECEPTIVE_FIELD - LEFT_CONTEXT) // HOP)
+ARTICULATIONS = phonemes.articulation().shape[1]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the result."""
+
+    minutes: float = 240.0  # of synthetic speech
+    steps: int = 3600
+    batch: int = 14  # segments, each seen as recorded and degraded
+    frames: int = 150  # a segment's frames: 6 s
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-2
+    articulation_weight: float = 10.0
+    consistency_weight: float = 0.5
+    noise_only: float = 0.04  # share of segments whose degraded version is noise without speech
+    seed: int = 0
+
+    @property
+    def digest(self) -> str:
+        """A short hash of all values."""
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()[:12]
+
+
+class Targets(nn.Module):
+    """FEATURES [B, F, 128] -> phoneme logits [B, F, 5, 40] and articulation [B, F, 5, 6] at the OFFSETS; only for
+    training.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phonemes = nn.Linear(FEATURES, len(OFFSETS) * len(phonemes.PHONEMES))
+        self.articulation = nn.Linear(FEATURES, len(OFFSETS) * ARTICULATIONS)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        shape = (*features.shape[:2], len(OFFSETS), -1)
+        return self.phonemes(features).reshape(shape), self.articulation(features).reshape(shape)
+
+
+@dataclass
+class Batch:
+    """Segments and their targets."""
+
+    audio: Tensor  # [B, T]
+    posteriors: Tensor  # [B, F, offsets, phonemes]: shares of the phonemes in the 90 ms around, zeros where unknown
+    articulation: Tensor  # [B, F, offsets, 6]
+    labels: Tensor  # [B, F], phoneme at the instant itself
+
+
+def _smooth(labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """[labels] -> [labels, phonemes]: shares of the phonemes around each label."""
+    one_hot = np.zeros((len(labels), len(phonemes.PHONEMES)), np.float32)
+    known = np.flatnonzero(labels != phonemes.UNKNOWN)
+    one_hot[known, labels[known]] = 1.0
+    padded = np.pad(one_hot, ((len(_SMOOTHING) // 2,) * 2, (0, 0)), mode="edge")
+    out = np.zeros_like(one_hot)
+    for shift, weight in enumerate(_SMOOTHING):
+        out += np.float32(weight) * padded[shift : shift + len(labels)]
+    return out
+
+
+class Corpus:
+    """Recordings in memory, cut into random segments."""
+
+    def __init__(self, recordings: Sequence[Recording], config: Config) -> None:
+        needed = _CONTEXT_LABELS + config.frames * _LABELS_PER_FRAME + _AFTER_LABELS + max(OFFSETS)
+        self._recordings = [r for r in recordings if len(r.labels) > needed]
+        if not self._recordings:
+            raise ValueError(f"no recording is longer than {needed / LABEL_RATE:.1f} s")
+        self._length, self._config = needed, config
+        seconds = np.array([len(r.labels) - needed + 1 for r in self._recordings], float)
+        self._chances = seconds / seconds.sum()
+        self._instants = _CONTEXT_LABELS + np.arange(config.frames) * _LABELS_PER_FRAME
+
+    def _segment(self, rng: np.random.Generator) -> tuple[augment.Audio, npt.NDArray[np.uint8]]:
+        recording = self._recordings[int(rng.choice(len(self._recordings), p=self._chances))]
+        first = int(rng.integers(0, len(recording.labels) - self._length + 1))
+        audio = recording.audio[first * HOP : (first + self._length) * HOP].astype(np.float32) / 32768
+        return audio, recording.labels[first : first + self._length]
+
+    def batch(self, segments: int, rng: np.random.Generator) -> Batch:
+        """``segments`` segments as recorded, then the same ones degraded."""
+        chosen = [self._segment(rng) for _ in range(segments)]
+        light, heavy, light_labels, heavy_labels = [], [], [], []
+        for index, (audio, labels) in enumerate(chosen):
+            light.append(augment.colour(audio, rng))
+            light_labels.append(labels)
+            babble = [chosen[(index + n) % segments][0] for n in range(1, 5)]
+            if rng.random() < self._config.noise_only:
+                noise = augment.noise(len(audio), [], rng)
+                noise *= 10 ** (rng.uniform(-70, -15) / 20) / max(float(np.sqrt(np.mean(noise**2))), 1e-9)
+                heavy.append(noise.astype(np.float32))
+                heavy_labels.append(np.full_like(labels, phonemes.SILENCE))
+            else:
+                quiet = np.repeat(labels == phonemes.SILENCE, HOP)
+                heavy.append(augment.degrade(audio, quiet, babble, rng))
+                heavy_labels.append(labels)
+        return self._with_targets(light + heavy, light_labels + heavy_labels)
+
+    def _with_targets(self, audio: list[augment.Audio], labels: list[npt.NDArray[np.uint8]]) -> Batch:
+        at = self._instants[:, None] + np.array(OFFSETS)
+        posteriors = np.stack([_smooth(one)[at] for one in labels])
+        used = RECEPTIVE_FIELD + (self._config.frames - 1) * SAMPLES_PER_FRAME
+        return Batch(
+            audio=torch.from_numpy(np.stack([one[:used] for one in audio])),
+            posteriors=torch.from_numpy(posteriors),
+            articulation=torch.from_numpy(posteriors @ phonemes.articulation()),
+            labels=torch.from_numpy(np.stack([one[self._instants] for one in labels]).astype(np.int64)),
+        )
+
+
+def _losses(features: Tensor, targets: Targets, batch: Batch, config: Config) -> tuple[Tensor, dict[str, float]]:
+    logits, articulation = targets(features)
+    known = batch.posteriors.sum(dim=-1)
+    phoneme = -(batch.posteriors * F.log_softmax(logits, dim=-1)).sum() / known.sum()
+    certain = (known > 0.999).unsqueeze(-1)
+    error = (certain * (articulation - batch.articulation) ** 2).sum() / (certain.sum() * ARTICULATIONS)
+    light, heavy = features.chunk(2)
+    same = (batch.labels.chunk(2)[0] == batch.labels.chunk(2)[1]).unsqueeze(-1)
+    consistency = (same * (light - heavy) ** 2).sum() / (same.sum() * FEATURES)
+    loss = phoneme + config.articulation_weight * error + config.consistency_weight * consistency
+    return loss, {"phoneme": phoneme.item(), "articulation": error.item(), "consistency": consistency.item()}
+
+
+@torch.inference_mode()
+def validate(encoder: AudioEncoder, targets: Targets, held_out: Corpus, batches: int = 6) -> dict[str, float]:
+    """Accuracy of the phoneme at the frame's instant and r of the articulation, on voices not trained on."""
+    encoder.eval()
+    rng = np.random.default_rng(99)
+    hits: dict[str, list[Tensor]] = {}
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {"clean": [], "degraded": []}
+    middle = OFFSETS.index(0)
+    for _ in range(batches):
+        batch = held_out.batch(12, rng)
+        logits, articulation = targets(encoder(batch.audio))
+        correct = (logits[:, :, middle].argmax(dim=-1) == batch.labels).float()
+        for name, part in (("clean", slice(0, 12)), ("degraded", slice(12, 24))):
+            labels = batch.labels[part]
+            speech = (labels != phonemes.SILENCE) & (labels != phonemes.UNKNOWN)
+            hits.setdefault(f"accuracy_{name}", []).append(correct[part][labels != phonemes.UNKNOWN])
+            hits.setdefault(f"accuracy_{name}_speech", []).append(correct[part][speech])
+            known = batch.posteriors[part, :, middle].sum(dim=-1) > 0.999
+            pairs[name].append((articulation[part, :, middle][known], batch.articulation[part, :, middle][known]))
+    figures = {name: float(torch.cat(values).mean()) for name, values in hits.items()}
+    for name, both in pairs.items():
+        mine, true = (torch.cat(side).T for side in zip(*both, strict=True))
+        correlations = [float(torch.corrcoef(torch.stack(rows))[0, 1]) for rows in zip(mine, true, strict=True)]
+        figures[f"articulation_r_{name}"] = float(np.mean(correlations))
+    return figures
+
+
+def publish(encoder: AudioEncoder, config: Config, figures: dict[str, float], path: Path) -> None:
+    """Write the weights, whole or not at all, with how they came about in the file's metadata."""
+    metadata = {
+        "version": "1",
+        "config": json.dumps(dataclasses.asdict(config)),
+        "config_digest": config.digest,
+        "commit": commit(),
+        **{name: f"{value:.4f}" for name, value in figures.items()},
+    }
+    state = {name: tensor.contiguous() for name, tensor in encoder.state_dict().items()}
+    write(path, save(state, metadata))
+
+
+def pretrain(
+    config: Config, train: Corpus, held_out: Corpus, folder: Path, weights: Path, every: int = 200
+) -> dict[str, float]:
+    """Train, with a checkpoint in ``folder`` every ``every`` steps; a later call goes on from it.
+
+    Returns:
+        The figures of the last validation; the weights go to ``weights`` at the end.
+    """
+    torch.manual_seed(config.seed)
+    encoder, targets = AudioEncoder(), Targets()
+    parameters = [*encoder.parameters(), *targets.parameters()]
+    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
+    )
+    parts: dict[str, Any] = {"encoder": encoder, "targets": targets, "optimizer": optimizer, "schedule": schedule}
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / f"checkpoint-{config.digest}.pt"
+    done, figures = 0, {}
+    if checkpoint.exists():
+        kept = torch.load(checkpoint, weights_only=True)
+        done, figures = kept["steps"], kept["figures"]
+        for name, part in parts.items():
+            part.load_state_dict(kept[name])
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("pretraining", total=config.steps, completed=done)
+        for step in range(done, config.steps):
+            encoder.train()
+            batch = train.batch(config.batch, np.random.default_rng((config.seed, step)))
+            loss, shown = _losses(encoder(batch.audio), targets, batch, config)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            progress.advance(task)
+            if step % 20 == 0:
+                values = " ".join(f"{name} {value:.3f}" for name, value in shown.items())
+                progress.update(task, description=f"pretraining  {values}")
+            if (step + 1) % every == 0 or step + 1 == config.steps:
+                figures = validate(encoder, targets, held_out)
+                values = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
+                progress.console.print(f"step {step + 1}: {values}")
+                states = {name: part.state_dict() for name, part in parts.items()}
+                partial = checkpoint.with_suffix(".part")
+                torch.save({"steps": step + 1, "figures": figures, **states}, partial)
+                os.replace(partial, checkpoint)
+    publish(encoder, config, figures, weights)
+    return figures
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register ``talksplat-export pretrain``."""
+    parser = subparsers.add_parser("pretrain", help="pretrain the audio encoder on synthetic speech")
+    parser.add_argument("--runs", type=Path, default=Path("runs/pretrain"), help="corpus and checkpoints")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the result goes")
+    parser.add_argument("--minutes", type=float, default=Config.minutes, help="of synthetic speech")
+    parser.add_argument("--steps", type=int, default=Config.steps)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the corpus if need be, train, write the weights."""
+    torch.set_num_threads(args.threads)
+    config = Config(minutes=args.minutes, steps=args.steps)
+    plan = synthesis.voices(config.minutes, config.seed)
+    with Progress() as progress:
+        task = progress.add_task("synthetic speech", total=len(plan))
+        recordings = list(synthesis.corpus(plan, args.runs / "corpus", lambda _: progress.advance(task)))
+    held_out = [recording for voice, recording in zip(plan, recordings, strict=True) if voice.held_out]
+    train = [recording for voice, recording in zip(plan, recordings, strict=True) if not voice.held_out]
+    pretrain(config, Corpus(train, config), Corpus(held_out, config), args.runs, args.weights)
+    return 0
