@@ -1,1 +1,62 @@
-"""Thin client of talksplat: stream speech in, get the frames of a talking head back."""
+"""Thin client of talksplat: stream speech in, get the frames of a talking head back.
+
+    with talksplat_client.Client("127.0.0.1:8001") as client:
+        for frame in client.animate(packets, avatar="ava", sample_rate=48_000):
+            show(frame.data, at=frame.pts)
+
+`AsyncClient` is its asyncio twin. Files, microphones and sample rates other than the server's need the extra
+``media``: ``pip install 'talksplat-client[media]'``.
+"""
+
+from ._asyncio import AsyncClient, AsyncStream
+from ._audio import Pcm
+from ._blocking import Client, Stream
+from ._clock import Clock
+from ._config import Limits, Retry, Timeout
+from ._exceptions import (
+    DeadlineExceededError,
+    InvalidAudioError,
+    InvalidRequestError,
+    InvalidStateError,
+    MediaError,
+    MissingExtraError,
+    ServerError,
+    ServerUnavailableError,
+    TalksplatError,
+    UnknownAvatarError,
+)
+from ._frame import AvatarInfo, Frame, Health, Preloaded, Utterance
+from ._media import Mp4Writer, Recording, microphone, read_audio
+from ._state import StreamState
+
+__all__ = [
+    "AsyncClient",
+    "AsyncStream",
+    "AvatarInfo",
+    "Client",
+    "Clock",
+    "DeadlineExceededError",
+    "Frame",
+    "Health",
+    "InvalidAudioError",
+    "InvalidRequestError",
+    "InvalidStateError",
+    "Limits",
+    "MediaError",
+    "MissingExtraError",
+    "Mp4Writer",
+    "Pcm",
+    "Preloaded",
+    "Recording",
+    "Retry",
+    "ServerError",
+    "ServerUnavailableError",
+    "Stream",
+    "StreamState",
+    "TalksplatError",
+    "Timeout",
+    "UnknownAvatarError",
+    "Utterance",
+    "microphone",
+    "read_audio",
+]

@@ -1,0 +1,179 @@
+"""Requests and answers as Triton's messages. Nothing here does I/O."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tritonclient.grpc import service_pb2
+from tritonclient.utils import InferenceServerException, deserialize_bytes_tensor
+
+from ._audio import Samples
+from ._exceptions import ServerError
+from ._frame import AvatarInfo, Frame, Health, Preloaded, Utterance
+from ._state import StreamState
+
+Request = Any  # tritonclient's messages carry no types
+Response = Any
+
+CLOCK = service_pb2.ModelConfigRequest(name="animate")
+
+
+def animate(
+    audio: Samples,  # [WINDOW]
+    frame: int,  # index of the chunk's first
+    state: StreamState,
+) -> Request:
+    """One chunk of a stream."""
+    return _infer(
+        "animate",
+        [
+            _floats("AUDIO", audio[None]),
+            _strings("AVATAR", state.avatar, [1, 1]),
+            _integer("FRAME_INDEX", frame, [1, 1]),
+        ],
+        ["FRAMES", "SPEECH"],
+        _look(state),
+    )
+
+
+def speech_to_animation(
+    audio: Samples,  # [T]
+    frame: int,  # index of the first
+    state: StreamState,
+) -> Request:
+    """A whole utterance."""
+    return _infer(
+        "speech_to_animation",
+        [_floats("AUDIO", audio), _strings("AVATAR", state.avatar, [1]), _integer("FRAME_INDEX", frame, [1])],
+        ["TEXT", "FRAMES", "SPEECH"],
+        _look(state),
+    )
+
+
+def transcribe(
+    audio: Samples,  # [T]
+) -> Request:
+    """An utterance whose text alone is wanted."""
+    return _infer("transcribe", [_floats("AUDIO", audio)], ["TEXT"], {})
+
+
+def operation(name: str, avatar: str = "") -> Request:
+    """An operation of the rasterizer: ``list``, ``preload`` or ``unload``."""
+    return _infer("rasterizer", [_strings("AVATAR", avatar, [1, 1])], ["REPORT"], {"operation": name})
+
+
+def clock_parameters(response: Response) -> dict[str, str]:
+    """From the answer to `CLOCK`."""
+    return {key: value.string_value for key, value in response.config.parameters.items()}
+
+
+def frames(response: Response, first: int, state: StreamState) -> list[Frame]:
+    """Every frame of a response, numbered from ``first``."""
+    pictures, speech = _output(response, "FRAMES").ravel(), _output(response, "SPEECH").ravel()
+    if len(pictures) != len(speech):
+        raise ServerError(f"the server answered with {len(pictures)} frames and {len(speech)} speech probabilities")
+    return [
+        Frame(index, index / state.clock.fps, float(probability), state.format, bytes(data))
+        for index, (data, probability) in enumerate(zip(pictures, speech, strict=True), first)
+    ]
+
+
+def text(response: Response) -> str:
+    """The transcript in a response."""
+    return bytes(_output(response, "TEXT").ravel()[0]).decode()
+
+
+def utterance(response: Response, first: int, count: int, state: StreamState) -> Utterance:
+    """Text and the first ``count`` frames of a response, numbered from ``first``."""
+    return Utterance(text(response), frames(response, first, state)[:count])
+
+
+def avatars(response: Response) -> list[AvatarInfo]:
+    """The answer to the operation ``list``."""
+    try:
+        return [AvatarInfo(entry["id"], entry["loaded"]) for entry in _report(response)["avatars"]]
+    except (KeyError, TypeError) as error:
+        raise ServerError(f"the server's list of avatars is malformed: {error!r}") from error
+
+
+def preloaded(response: Response) -> Preloaded:
+    """The answer to the operation ``preload``."""
+    content = _report(response)
+    try:
+        return Preloaded(**{field.name: content[field.name] for field in fields(Preloaded)})
+    except KeyError as error:
+        raise ServerError(f"the server's report of a preload lacks {error}") from error
+
+
+def health(url: str, response: Response) -> Health:
+    """A replica that has answered the operation ``list``."""
+    return Health(url, True, f"serves {len(avatars(response))} avatars")
+
+
+def _report(response: Response) -> dict[str, Any]:
+    try:
+        content = json.loads(bytes(_output(response, "REPORT").ravel()[0]))
+    except ValueError as error:
+        raise ServerError(f"the server's report is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ServerError(f"the server's report is no JSON object: {content!r}")
+    return content
+
+
+def _look(state: StreamState) -> dict[str, str | int]:
+    look: dict[str, str | int] = {"format": state.format, "quality": state.quality, "seed": state.seed}
+    return look if state.size is None else look | {"size": state.size}
+
+
+_Tensor = tuple[Any, bytes]
+
+
+def _floats(name: str, values: Samples) -> _Tensor:
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype="FP32", shape=values.shape)
+    return tensor, values.astype("<f4", copy=False).tobytes()
+
+
+def _integer(name: str, value: int, shape: list[int]) -> _Tensor:
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype="INT64", shape=shape)
+    return tensor, struct.pack("<q", value)
+
+
+def _strings(name: str, value: str, shape: list[int]) -> _Tensor:
+    data = value.encode()
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype="BYTES", shape=shape)
+    return tensor, struct.pack("<I", len(data)) + data
+
+
+def _infer(model: str, inputs: list[_Tensor], outputs: list[str], parameters: Mapping[str, str | int]) -> Request:
+    request = service_pb2.ModelInferRequest(
+        model_name=model,
+        inputs=[tensor for tensor, _ in inputs],
+        raw_input_contents=[data for _, data in inputs],
+        outputs=[service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in outputs],
+    )
+    for key, value in parameters.items():
+        if isinstance(value, str):
+            request.parameters[key].string_param = value
+        else:
+            request.parameters[key].int64_param = value
+    return request
+
+
+def _output(response: Response, name: str) -> npt.NDArray[Any]:
+    for tensor, data in zip(response.outputs, response.raw_output_contents, strict=False):
+        if tensor.name == name:
+            try:
+                if tensor.datatype == "BYTES":
+                    array: npt.NDArray[Any] = deserialize_bytes_tensor(data)
+                else:
+                    array = np.frombuffer(data, "<f4")
+                return array.reshape(list(tensor.shape))
+            except (ValueError, struct.error, InferenceServerException) as error:
+                raise ServerError(f"the server's output {name} is malformed: {error}") from error
+    raise ServerError(f"the server's answer lacks {name}")

@@ -1,0 +1,144 @@
+"""What a stream does, without I/O: the blocking and the asyncio client drive the same objects."""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import replace
+
+import numpy as np
+
+from . import _protocol as protocol
+from ._audio import Pcm, Samples, Track, to_mono
+from ._clock import Clock
+from ._exceptions import InvalidStateError, ServerError
+from ._frame import Frame
+from ._state import StreamState
+
+REST_SECONDS = 0.1  # a stream that ends waits so long for a packet that its source is about to give
+PAUSE_FRAMES = 8  # a cut goes through the middle of the quietest stretch of this length
+
+
+class StreamCore:
+    """Packets of audio in, requests out; answers in, frames out.
+
+    Raises:
+        InvalidStateError: the state belongs to a server with another clock.
+    """
+
+    def __init__(self, state: StreamState, clock: Clock) -> None:
+        if state.clock != clock:
+            raise InvalidStateError(f"the stream began on a server with {state.clock}, this one has {clock}")
+        self._lock = threading.Lock()  # the blocking client pushes in one thread and takes frames in another
+        self._initial = state
+        self._clock = clock
+        self._frame = state.frame
+        self._chunk = state.frame // clock.chunk_frames  # the next to be requested
+        self._frames = math.inf  # of the whole stream, once that is known
+        self._track = Track(state.sample_rate, clock.sample_rate, clock.samples_per_frame, state.start)
+        self._track.push(state.samples)
+
+    def push(self, packet: Pcm) -> None:
+        """Take the next audio.
+
+        Raises:
+            InvalidAudioError: see `to_mono`; nothing of the packet is taken.
+        """
+        samples = to_mono(packet)
+        with self._lock:
+            self._track.push(samples)
+
+    def finish(self) -> None:
+        """The audio has ended: its last frames have silence after them."""
+        with self._lock:
+            self._track.finish()
+            self._frames = math.ceil(self._track.end / self._clock.samples_per_frame)
+
+    def next_request(self) -> tuple[int, protocol.Request] | None:
+        """First frame and request of the next chunk whose window is complete."""
+        with self._lock:
+            first = self._chunk * self._clock.chunk_frames
+            begin, end = self._clock.window(self._chunk)
+            if first >= self._frames or end > self._track.ready:
+                return None
+            self._chunk += 1
+            return first, protocol.animate(self._track.read(begin, end), first, self._initial)
+
+    def frames(self, first: int, response: protocol.Response) -> list[Frame]:
+        """The answer's frames that belong to this stream and were not shown yet.
+
+        Raises:
+            ServerError: the answer is malformed.
+        """
+        chunk = protocol.frames(response, first, self._initial)
+        if len(chunk) != self._clock.chunk_frames:
+            raise ServerError(f"the server answered with {len(chunk)} frames, expected {self._clock.chunk_frames}")
+        return [frame for frame in chunk if self._frame <= frame.index < self._frames]
+
+    def shown(self, frame: Frame) -> None:
+        """The consumer has this frame: a resumed stream begins after it."""
+        with self._lock:
+            self._frame = frame.index + 1
+            self._track.forget(self._context())
+
+    def state(self) -> StreamState:
+        """Where the stream is, with all audio that was taken and is still needed."""
+        with self._lock:
+            start, samples = self._track.tail(self._context())
+            return replace(self._initial, frame=self._frame, start=start, samples=samples)
+
+    def _context(self) -> int:
+        return self._clock.window(self._frame // self._clock.chunk_frames)[0]
+
+
+class UtteranceCutter:
+    """Audio of any length in, pieces that fit one request out.
+
+    Longer audio is cut in its pauses: in the middle of the quietest 0.32 s of the last third of what one request may
+    hold, between two frames. Silence may thus be cut anywhere; speech without any pause is cut where it is softest.
+    """
+
+    def __init__(self, sample_rate: int, clock: Clock) -> None:
+        self._clock = clock
+        self._longest = clock.max_utterance_seconds * clock.sample_rate
+        self._track = Track(sample_rate, clock.sample_rate, clock.samples_per_frame)
+        self._begin = 0
+        self._finished = False
+
+    def push(self, packet: Pcm) -> None:
+        """Take the next audio.
+
+        Raises:
+            InvalidAudioError: see `to_mono`.
+        """
+        self._track.push(to_mono(packet))
+
+    def finish(self) -> None:
+        """The audio has ended."""
+        self._track.finish()
+        self._finished = True
+
+    def next_piece(self) -> tuple[int, Samples] | None:
+        """First frame and samples of the next piece that is complete."""
+        left = self._track.end - self._begin
+        if left > self._longest and self._track.ready >= self._begin + self._longest:
+            count = self._quietest(self._track.read(self._begin, self._begin + self._longest))
+        elif self._finished and left:
+            count = left
+        else:
+            return None
+        first, piece = self._begin // self._clock.samples_per_frame, self._track.read(self._begin, self._begin + count)
+        self._begin += count
+        self._track.forget(self._begin)
+        return first, piece
+
+    def frames(self, samples: Samples) -> int:
+        """How many frames a piece has."""
+        return math.ceil(samples.size / self._clock.samples_per_frame)
+
+    def _quietest(self, samples: Samples) -> int:
+        frames = samples.size // self._clock.samples_per_frame
+        energy = np.square(samples.reshape(frames, -1), dtype=np.float64).sum(axis=1)
+        searched = energy[frames * 2 // 3 :]
+        softest = int(np.convolve(searched, np.ones(PAUSE_FRAMES), "valid").argmin())
+        return (frames * 2 // 3 + softest + PAUSE_FRAMES // 2) * self._clock.samples_per_frame
