@@ -118,6 +118,7 @@ def test_animate_tells_clients_the_clock() -> None:
         "chunk_frames": clock.CHUNK_FRAMES,
         "left_context": clock.LEFT_CONTEXT,
         "look_ahead": clock.LOOK_AHEAD,
+        "max_utterance_seconds": clock.MAX_UTTERANCE_SECONDS,
     }
 
 
