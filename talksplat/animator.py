@@ -132,7 +132,7 @@ class Animator:
         self, root: Path, *, avatar_bytes: int = 1 << 30, plate_bytes: int = 1 << 30, threads: int | None = None
     ) -> None:
         self._plates = _PlateCache(plate_bytes)
-        self._avatars = AvatarCache(root, _load, _Loaded.bytes_of, avatar_bytes, self._plates.forget)
+        self._avatars = AvatarCache(root, _Loaded.read, _Loaded.bytes_of, avatar_bytes, self._plates.forget)
         self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="render")
         self._buffers = threading.local()  # each thread's frame to draw into
 
@@ -233,12 +233,14 @@ class Animator:
 
     def _frame(self, loaded: _Loaded, weights: Float32, plate: int, size: tuple[int, int], options: Options) -> bytes:
         """One frame from weights to bytes, in a thread of the pool: nothing of it waits for another frame."""
-        width, height = size
+        avatar, (width, height) = loaded.avatar, size
         frame = self._frame_buffer(width, height)
-        splat.render_onto(loaded, weights, self._plates.get(loaded, plate, width, height), frame)
+        behind = self._plates.get(loaded, plate, width, height)
+        job = splat.Job(loaded.shapes, weights, avatar.viewmats[plate], loaded.intrinsics(width, height), behind, frame)
+        splat.render_onto([job], threads=1)
         if options.format == "raw":
             return frame.tobytes()
-        return simplejpeg.encode_jpeg(frame, options.quality, "RGB", "420", fastdct=True)
+        return bytes(simplejpeg.encode_jpeg(frame, options.quality, "RGB", "420", fastdct=True))
 
     def _frame_buffer(self, width: int, height: int) -> UInt8:
         buffer: UInt8 | None = getattr(self._buffers, "frame", None)
@@ -252,16 +254,23 @@ class _Loaded:
     """An avatar in memory, ready to be drawn."""
 
     avatar: Avatar
+    shapes: splat.Blendshapes
     warm: bool = False  # whether a frame of it was drawn
+
+    @classmethod
+    def read(cls, root: Path, avatar_id: str) -> Self:
+        avatar = bundle.read(root, avatar_id)
+        return cls(avatar, splat.Blendshapes(avatar.canonical, avatar.bases, avatar.basis_scales))
+
+    def intrinsics(self, width: int, height: int) -> Float32:  # [3, 3]
+        """Of the camera that sees the avatar at this size."""
+        scale = np.array([width / self.avatar.width, height / self.avatar.height, 1], np.float32)
+        return self.avatar.K * scale[:, None]
 
     def bytes_of(self) -> int:
         avatar = self.avatar
         arrays = (avatar.canonical, avatar.bases, avatar.basis_scales, avatar.viewmats)
         return sum(array.nbytes for array in arrays) + sum(map(len, avatar.plates))
-
-
-def _load(root: Path, avatar_id: str) -> _Loaded:
-    return _Loaded(bundle.read(root, avatar_id))
 
 
 class _PlateCache:

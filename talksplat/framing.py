@@ -26,4 +26,4 @@ def windows(
     padded = np.zeros((chunks - 1) * clock.CHUNK_SAMPLES + clock.WINDOW, np.float32)
     padded[clock.LEFT_CONTEXT : clock.LEFT_CONTEXT + len(audio)] = audio
     every = np.lib.stride_tricks.sliding_window_view(padded, clock.WINDOW)
-    return np.ascontiguousarray(every[:: clock.CHUNK_SAMPLES])
+    return every[:: clock.CHUNK_SAMPLES].copy()

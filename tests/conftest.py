@@ -1,8 +1,13 @@
 """Fixtures that every room's tests share."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from make_avatar import COLORS, write_avatar
+
+from talksplat.server import Ports, Server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -14,3 +19,15 @@ def shared_data() -> Path:
     if not data.is_dir():
         pytest.skip("the recordings in ../shared/data are not on this machine")
     return data
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The real server, started once: with the exported models, three synthetic avatars and, once it is fitted, ava."""
+    avatars = tmp_path_factory.mktemp("avatars")
+    for avatar_id in COLORS:
+        write_avatar(avatars, avatar_id)
+    if (ROOT / "avatars" / "ava").is_dir():
+        shutil.copytree(ROOT / "avatars" / "ava", avatars / "ava")
+    with Server(avatars=avatars, ports=Ports.free(), run_dir=tmp_path_factory.mktemp("server")) as server:
+        yield server

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,7 +16,7 @@ def test_every_sample_lies_in_its_chunk_and_in_its_neighbours_context(samples: i
     chunks = windows[:, clock.LEFT_CONTEXT : clock.LEFT_CONTEXT + clock.CHUNK_SAMPLES].reshape(-1)
     np.testing.assert_array_equal(chunks[:samples], audio)
     assert not chunks[samples:].any()
-    for earlier, later in zip(windows, windows[1:], strict=False):
+    for earlier, later in itertools.pairwise(windows):
         np.testing.assert_array_equal(later[: -clock.CHUNK_SAMPLES], earlier[clock.CHUNK_SAMPLES :])
     assert not windows[0, : clock.LEFT_CONTEXT].any()
 

@@ -36,7 +36,17 @@ def full_dims(tensor: Any, batched: bool) -> list[int]:
 
 def test_every_model_of_the_design_is_there() -> None:
     assert set(NAMES) == {
-        *("vad", "audio_encoder", "avatar", "deformation", "rasterizer", "framing", "asr", "asr_encoder", "asr_decoder"),
+        *(
+            "vad",
+            "audio_encoder",
+            "avatar",
+            "deformation",
+            "rasterizer",
+            "framing",
+            "asr",
+            "asr_encoder",
+            "asr_decoder",
+        ),
         *("animate", "transcribe", "speech_to_animation"),
     }
 

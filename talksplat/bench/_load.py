@@ -1,0 +1,99 @@
+"""Streams that ask `animate` for chunk after chunk, in a process of their own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import numpy as np
+import numpy.typing as npt
+import tritonclient.grpc as triton
+
+from talksplat import clock
+
+UTTERANCE_CHUNKS = 25  # 4 s; then a stream ends and a new one takes its place
+WARM_UP_SECONDS = 1.5
+FRESH_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What the streams saw; milliseconds from request to frames."""
+
+    chunk_ms: list[float]
+    first_frame_ms: list[float]  # of a new stream, connection included
+    seconds: float
+
+    @property
+    def frames_per_s(self) -> float:
+        """Of all streams together."""
+        return clock.CHUNK_FRAMES * len(self.chunk_ms) / self.seconds
+
+
+def drive(url: str, avatar: str, *, streams: int, size: int, seconds: float) -> Timings:
+    """Run ``streams`` closed loops against the server at ``url``."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_drive, url, avatar, streams, size, seconds).result()
+
+
+def _drive(url: str, avatar: str, streams: int, size: int, seconds: float) -> Timings:
+    chunk_ms: list[float] = []
+    first_ms: list[float] = []
+    errors: list[BaseException] = []
+    begin = time.perf_counter() + WARM_UP_SECONDS
+    end = begin + seconds
+
+    def loop(number: int) -> None:
+        try:
+            for seed, ms, is_first in _stream(url, avatar, size, number, end):
+                if time.perf_counter() >= begin and seed >= 0:
+                    chunk_ms.append(ms)
+                    if is_first:
+                        first_ms.append(ms)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=loop, args=(number,)) for number in range(streams)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return Timings(chunk_ms, first_ms, seconds)
+
+
+def _stream(url: str, avatar: str, size: int, number: int, end: float) -> Iterator[tuple[int, float, bool]]:
+    audio = voice(number, UTTERANCE_CHUNKS)
+    names = np.array([[avatar.encode()]], np.object_)
+    for seed in range(1_000_000):
+        began = time.perf_counter()
+        with triton.InferenceServerClient(url, channel_args=FRESH_CONNECTION) as client:
+            for chunk in range(UTTERANCE_CHUNKS):
+                if time.perf_counter() >= end:
+                    return
+                window = audio[None, chunk * clock.CHUNK_SAMPLES :][:, : clock.WINDOW]
+                index = np.array([[chunk * clock.CHUNK_FRAMES]], np.int64)
+                inputs = [
+                    triton.InferInput("AUDIO", window.shape, "FP32").set_data_from_numpy(window),
+                    triton.InferInput("AVATAR", [1, 1], "BYTES").set_data_from_numpy(names),
+                    triton.InferInput("FRAME_INDEX", [1, 1], "INT64").set_data_from_numpy(index),
+                ]
+                client.infer("animate", inputs, parameters={"size": size, "seed": 1000 * number + seed})
+                yield seed, 1e3 * (time.perf_counter() - began), chunk == 0
+                began = time.perf_counter()
+
+
+def voice(seed: int, chunks: int) -> npt.NDArray[np.float32]:
+    """Something that a detector takes for speech: harmonics of a wandering pitch in syllables of 200 ms."""
+    samples = (chunks - 1) * clock.CHUNK_SAMPLES + clock.WINDOW
+    t = np.arange(samples) / clock.SAMPLE_RATE
+    pitch = 110 + 20 * np.sin(2 * np.pi * 0.5 * t + seed)
+    phase = 2 * np.pi * np.cumsum(pitch) / clock.SAMPLE_RATE
+    tone = sum(np.sin(k * phase) / k for k in range(1, 25))
+    syllables = 0.5 - 0.5 * np.cos(2 * np.pi * 5 * t)
+    return np.asarray(0.2 * tone * syllables, np.float32)

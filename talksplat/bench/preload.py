@@ -1,0 +1,44 @@
+"""Preloading each avatar through gRPC: not in memory (cold; the worst counts) and in memory (warm)."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import tritonclient.grpc as triton
+
+from talksplat import avatar as bundle
+from talksplat.bench._report import Row, report
+from talksplat.bench._server import serving
+
+COLD, WARM = 5, 20  # times each
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's own options: none."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and report; returns the exit status."""
+    rows: list[Row] = []
+    with serving() as server, triton.InferenceServerClient(server.grpc_url) as client:
+        for avatar in bundle.available(server.avatars):
+            cold, warm = [], []
+            for _ in range(COLD):
+                _operate(client, "unload", avatar)
+                cold.append(_operate(client, "preload", avatar))
+            for _ in range(WARM):
+                warm.append(_operate(client, "preload", avatar))
+            rows.append({"avatar": avatar, "cold_ms": max(cold), "warm_ms": float(np.median(warm))})
+    report("preload", rows, arguments.json)
+    return 0
+
+
+def _operate(client: triton.InferenceServerClient, operation: str, avatar: str) -> float:
+    """Milliseconds that the operation took."""
+    name = triton.InferInput("AVATAR", [1, 1], "BYTES")
+    name.set_data_from_numpy(np.array([[avatar.encode()]], np.object_))
+    began = time.perf_counter()
+    client.infer("rasterizer", [name], parameters={"operation": operation})
+    return 1e3 * (time.perf_counter() - began)

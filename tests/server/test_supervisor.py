@@ -1,0 +1,232 @@
+"""Starting, dying and stopping, for real: `talksplat-server up` as a process of its own."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from make_avatar import write_avatar
+
+from talksplat import server as server_module
+from talksplat import supervisor as supervisor_module
+from talksplat.server import (
+    ROOT,
+    MissingModelsError,
+    MissingWheelError,
+    NotServingError,
+    PortInUseError,
+    Ports,
+    Server,
+    ServerError,
+    StartError,
+    UnsupportedPythonError,
+    readable,
+)
+from talksplat.supervisor import Supervisor
+
+RECOVERY = 10.0  # seconds that the issue allows
+
+
+class Up:
+    """`talksplat-server up` and the server that it supervises."""
+
+    def __init__(self, avatars: Path, run_dir: Path) -> None:
+        self.ports = Ports.free()
+        command = [sys.executable, "-m", "talksplat.cli", "up", "--avatars", str(avatars), "--run-dir", str(run_dir)]
+        command += [f"--{name}-port={port}" for name, port in vars(self.ports).items()]
+        self.output = run_dir / "up.txt"
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+        self.probe = Server(avatars=avatars, ports=self.ports)  # never started: it sends canaries
+        self.wait_until_serving(60)
+
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def tritonserver(self) -> psutil.Process:
+        return next(child for child in psutil.Process(self.process.pid).children() if "triton" in child.name())
+
+    def serves(self, timeout: float) -> bool:
+        try:
+            self.probe.canary(timeout)
+        except NotServingError:
+            return False
+        return True
+
+    def wait_until_serving(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.serves(2):
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    folder = tmp_path_factory.mktemp("up")
+    write_avatar(folder / "avatars")
+    up = Up(folder / "avatars", folder)
+    yield up
+    if up.process.poll() is None:
+        up.process.terminate()
+        up.process.wait(30)
+
+
+def test_up_says_where_it_serves(up: Up) -> None:
+    for port in vars(up.ports).values():
+        assert f"127.0.0.1:{port}" in up.text()
+    assert "Avatars: red." in up.text()
+
+
+@pytest.mark.parametrize("model", ["rasterizer", "vad"])
+def test_a_killed_stub_is_noticed_and_the_server_serves_again(up: Up, model: str) -> None:
+    tritonserver = up.tritonserver()
+    (stub,) = [child for child in tritonserver.children() if f"/{model}/" in " ".join(child.cmdline())]
+    stub.kill()
+    expect_recovery(up, tritonserver)
+
+
+def test_a_killed_server_serves_again(up: Up) -> None:
+    tritonserver = up.tritonserver()
+    tritonserver.kill()
+    expect_recovery(up, tritonserver)
+
+
+def test_a_hung_stub_is_noticed_and_the_server_serves_again(up: Up) -> None:
+    tritonserver = up.tritonserver()
+    (stub,) = [child for child in tritonserver.children() if "/rasterizer/" in " ".join(child.cmdline())]
+    stub.suspend()
+    expect_recovery(up, tritonserver, supervisor_module.CANARY_SECONDS + 2 * supervisor_module.CANARY_DEADLINE)
+
+
+def expect_recovery(up: Up, killed: psutil.Process, longer: float = 0) -> None:
+    began = time.monotonic()
+    while killed.is_running() and killed.status() != psutil.STATUS_ZOMBIE and time.monotonic() < began + 30:
+        time.sleep(0.05)
+    up.wait_until_serving(RECOVERY + longer + 20)
+    assert time.monotonic() - began < RECOVERY + longer, up.text()
+
+
+def test_stopping_leaves_no_process_and_no_shared_memory(up: Up) -> None:
+    prefix = f"talksplat-{up.process.pid}-"
+    processes = psutil.Process(up.process.pid).children(recursive=True)
+    assert any(region.name.startswith(prefix) for region in server_module.SHARED_MEMORY.iterdir())
+    up.process.send_signal(signal.SIGTERM)
+    assert up.process.wait(30) == 0
+    assert up.text().endswith("Stopped.\n")
+    assert not psutil.wait_procs(processes, timeout=1)[1]
+    assert not list(server_module.SHARED_MEMORY.glob(f"{prefix}*"))
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind((server_module.HOST, 0))
+        taken.listen()
+        ports = Ports(http=taken.getsockname()[1])
+        with pytest.raises(PortInUseError, match=rf"Port {ports.http} \(http\).*--free-ports"):
+            Server(avatars=tmp_path, ports=ports).start()
+
+
+def test_missing_models_are_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "vad" / "1").mkdir(parents=True)
+    (tmp_path / "vad" / "config.pbtxt").write_text((ROOT / "model_repository/vad/config.pbtxt").read_text())
+    with pytest.raises(MissingModelsError, match="vad: run `make models`"):
+        Server(tmp_path, tmp_path).start()
+    with pytest.raises(MissingModelsError, match="no model repository"):
+        Server(tmp_path / "nowhere", tmp_path).start()
+
+
+def test_a_missing_wheel_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(MissingWheelError, match="nvidia-pytriton"):
+        Server(avatars=tmp_path).start()
+
+
+def test_a_python_without_a_stub_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.version_info", type("Version", (), {"major": 3, "minor": 99}))
+    with pytest.raises(UnsupportedPythonError, match=r"Python 3\.99"):
+        Server(avatars=tmp_path).start()
+
+
+def test_a_model_that_fails_to_load_is_shown(tmp_path: Path) -> None:
+    """And the server that ended over it leaves nothing behind."""
+    (tmp_path / "bad" / "1").mkdir(parents=True)
+    (tmp_path / "bad" / "config.pbtxt").write_text('backend: "python"\ninstance_group [ { kind: KIND_CPU } ]\n')
+    (tmp_path / "bad" / "1" / "model.py").write_text("raise RuntimeError('no such luck')\n")
+    server = Server(tmp_path, tmp_path, ports=Ports.free(), run_dir=tmp_path / "run")
+    with pytest.raises(StartError, match="no such luck"):
+        server.start()
+    assert server.pid is None
+    assert "no such luck" in (tmp_path / "run" / "triton.log").read_text()
+    assert not list(server_module.SHARED_MEMORY.glob(f"talksplat-{os.getpid()}-{server.ports.grpc}-*"))
+
+
+def test_the_command_fails_with_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "talksplat.cli", "up", "--repository", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1
+    assert re.fullmatch(r"talksplat-server: .* is no model repository.*\n", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ('I1122 13:15:45.288123 99 server.cc:31] "Started"\n', "13:15:45.288 INFO Started"),
+        ("E1122 13:15:45.288123 99 model.cc:7] failed to load\n", "13:15:45.288 ERROR failed to load"),
+        ('W1122 13:15:45.288123 99 pinned.cc:1] "Unable to allocate pinned memory: CUDA"\n', None),
+        ("Signal (15) received.\n", "Signal (15) received."),
+        ("\n", None),
+    ],
+)
+def test_the_log_is_readable(raw: str, expected: str | None) -> None:
+    assert readable(raw) == expected
+
+
+class Scripted:
+    """A server whose starts and looks go as written."""
+
+    def __init__(self, *starts: ServerError | None) -> None:
+        self.starts = list(starts)
+        self.stops = 0
+
+    def start(self) -> None:
+        if not self.starts:
+            raise KeyboardInterrupt
+        if (error := self.starts.pop(0)) is not None:
+            raise error
+
+    def dead_processes(self) -> str:
+        return "a stub ended"
+
+    def kill(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.stops += 1
+
+
+def test_repeated_failures_are_tried_again_at_growing_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    delays: list[float] = []
+    monkeypatch.setattr("time.sleep", delays.append)
+    said: list[str] = []
+    server = Scripted(None, None, StartError("no luck"), None)
+    with pytest.raises(KeyboardInterrupt):
+        Supervisor(server, said.append).run(lambda: None)  # type: ignore[arg-type]
+    assert delays == [0, 1, 2, 4]
+    assert "The server stopped serving: a stub ended." in said
+    assert "no luck" in said
+    assert server.stops == 1
+
+
+def test_a_first_start_that_fails_is_not_tried_again() -> None:
+    server = Scripted(MissingModelsError("run `make models`"), None)
+    with pytest.raises(MissingModelsError):
+        Supervisor(server, print).run(lambda: None)  # type: ignore[arg-type]
+    assert server.stops == 1
