@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias, cast
+from typing import Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,7 @@ __all__ = [
 Floats: TypeAlias = NDArray[np.float32]
 Bytes: TypeAlias = NDArray[np.uint8]
 Mode: TypeAlias = Literal["exact", "fast"]
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 
 ATTRIBUTES = 14  # means xyz, quats wxyz, log-scales, opacity logit, colors rgb
 MAX_SIZE = 8192  # pixels, of an image's height and width
@@ -198,7 +199,8 @@ class DirtyRenderer:
         arrays, _, frames = _gaussians(*moving)
         if frames is not None:
             raise ValueError("`moving` has a frame dimension, but DirtyRenderer draws one frame at a time.")
-        return self._core.draw(*(a[0] for a in arrays), *self._images)
+        means, quats, scales, opacities, colors = (a[0] for a in arrays)
+        return self._core.draw(means, quats, scales, opacities, colors, *self._images)
 
 
 # ---------------------------------------------------------------------------------------------------- avatars
@@ -424,7 +426,7 @@ def _agree(name: str, here: int, frames: int | None) -> int:
     return here
 
 
-def _array(name: str, value: object, dtype: type, *shapes: tuple[int | str, ...]) -> NDArray[np.generic]:
+def _array(name: str, value: object, dtype: type[_Scalar], *shapes: tuple[int | str, ...]) -> NDArray[_Scalar]:
     """`value`, if it is an array of this dtype and of one of these shapes, in which a string stands for any size."""
     if not isinstance(value, np.ndarray):
         raise TypeError(f"`{name}` must be a NumPy array, not {type(value).__name__}.")
@@ -440,7 +442,7 @@ def _array(name: str, value: object, dtype: type, *shapes: tuple[int | str, ...]
 
 
 def _floats(name: str, value: object, *shapes: tuple[int | str, ...]) -> Floats:
-    return np.ascontiguousarray(cast(Floats, _array(name, value, np.float32, *shapes)))
+    return np.ascontiguousarray(_array(name, value, np.float32, *shapes))
 
 
 def _finite(name: str, array: Floats) -> Floats:

@@ -240,6 +240,7 @@ std::vector<std::string> isas() {
 }  // namespace
 
 NB_MODULE(_core, m) {
+  nb::set_leak_warnings(false);  // at exit, autograd graphs may still hold a tape
   m.def("isas", &isas);
   m.def("usable_cores", &usable_cores);
 
