@@ -190,7 +190,7 @@ def degrade(audio: Audio, quiet: npt.NDArray[np.bool_], babble: Sequence[Audio],
     if rng.random() < 0.4:
         out = reverb(out, rng.uniform(0.15, 0.8), rng, rng.uniform(-2, 10))
     if rng.random() < 0.7:
-        out = mix(out, noise(len(out), babble, rng), rng.uniform(3, 30))
+        out = mix(out, noise(len(out), babble, rng), rng.uniform(4, 35))
     if rng.random() < 0.6:
         out = equalise(out, rng)
     if rng.random() < 0.15:

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,27 @@ from talksplat.avatar import FEATURES
 from talksplat.bench._report import commit
 from talksplat.clock import FPS, LEFT_CONTEXT, SAMPLES_PER_FRAME
 
-from . import augment, phonemes, synthesis
+from . import alignment, augment, phonemes, synthesis
 from ._onnx import write
 from .audio_encoder import HOP, RECEPTIVE_FIELD, WEIGHTS, AudioEncoder
 from .synthesis import LABEL_RATE, Recording
 
-OFFSETS = (-8, -4, 0, 4, 8)  # labels (10 ms) before or after the frame's instant that the heads are asked for
+OFFSETS = (
+    -8,
+    -6,
+    -4,
+    -2,
+    0,
+    2,
+    4,
+    6,
+    8,
+)  # labels (10 ms) before or after the frame's instant that the heads are asked for
 _LABELS_PER_FRAME = LABEL_RATE // FPS
 _SMOOTHING = np.hanning(11)[1:-1] / np.hanning(11).sum()  # the lips take about 50 ms from one phoneme to the next
 _CONTEXT_LABELS = LEFT_CONTEXT // HOP
 _AFTER_LABELS = -(-(RECEPTIVE_FIELD - LEFT_CONTEXT) // HOP)
-ARTICULATIONS = phonemes.articulation().shape[1]
+PHONEMES, ARTICULATIONS = phonemes.articulation().shape
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,10 @@ class Config:
     frames: int = 150  # a segment's frames: 6 s
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
-    articulation_weight: float = 10.0
-    consistency_weight: float = 0.5
+    share_weight: float = 1.0
+    articulation_weight: float = 30.0
+    consistency_weight: float = 0.2
+    real_repeats: int = 0  # how often real recordings count, which are fewer; 0 is none
     noise_only: float = 0.04  # share of segments whose degraded version is noise without speech
     seed: int = 0
 
@@ -65,18 +77,19 @@ class Config:
 
 
 class Targets(nn.Module):
-    """FEATURES [B, F, 128] -> phoneme logits [B, F, 5, 40] and articulation [B, F, 5, 6] at the OFFSETS; only for
-    training.
+    """FEATURES [B, F, 128] -> what they say about the OFFSETS; only for training.
+
+    Returns:
+        Phoneme logits [B, F, offsets, 40], and, regressed because a personal head is nearly linear, the phonemes'
+        shares [B, F, offsets, 40] and the articulation [B, F, offsets, 6].
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.phonemes = nn.Linear(FEATURES, len(OFFSETS) * len(phonemes.PHONEMES))
-        self.articulation = nn.Linear(FEATURES, len(OFFSETS) * ARTICULATIONS)
+        self.heads = nn.ModuleList(nn.Linear(FEATURES, len(OFFSETS) * n) for n in (PHONEMES, PHONEMES, ARTICULATIONS))
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        shape = (*features.shape[:2], len(OFFSETS), -1)
-        return self.phonemes(features).reshape(shape), self.articulation(features).reshape(shape)
+    def forward(self, features: Tensor) -> list[Tensor]:  # noqa: D102
+        return [head(features).unflatten(-1, (len(OFFSETS), -1)) for head in self.heads]
 
 
 @dataclass
@@ -91,7 +104,7 @@ class Batch:
 
 def _smooth(labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """[labels] -> [labels, phonemes]: shares of the phonemes around each label."""
-    one_hot = np.zeros((len(labels), len(phonemes.PHONEMES)), np.float32)
+    one_hot = np.zeros((len(labels), PHONEMES), np.float32)
     known = np.flatnonzero(labels != phonemes.UNKNOWN)
     one_hot[known, labels[known]] = 1.0
     padded = np.pad(one_hot, ((len(_SMOOTHING) // 2,) * 2, (0, 0)), mode="edge")
@@ -152,43 +165,73 @@ class Corpus:
 
 
 def _losses(features: Tensor, targets: Targets, batch: Batch, config: Config) -> tuple[Tensor, dict[str, float]]:
-    logits, articulation = targets(features)
+    logits, shares, articulation = targets(features)
     known = batch.posteriors.sum(dim=-1)
     phoneme = -(batch.posteriors * F.log_softmax(logits, dim=-1)).sum() / known.sum()
     certain = (known > 0.999).unsqueeze(-1)
-    error = (certain * (articulation - batch.articulation) ** 2).sum() / (certain.sum() * ARTICULATIONS)
+    share = (certain * (shares - batch.posteriors) ** 2).sum() / certain.sum()
+    lips = (certain * (articulation - batch.articulation) ** 2).sum() / (certain.sum() * ARTICULATIONS)
     light, heavy = features.chunk(2)
     same = (batch.labels.chunk(2)[0] == batch.labels.chunk(2)[1]).unsqueeze(-1)
     consistency = (same * (light - heavy) ** 2).sum() / (same.sum() * FEATURES)
-    loss = phoneme + config.articulation_weight * error + config.consistency_weight * consistency
-    return loss, {"phoneme": phoneme.item(), "articulation": error.item(), "consistency": consistency.item()}
+    loss = phoneme + config.share_weight * share + config.articulation_weight * lips
+    loss = loss + config.consistency_weight * consistency
+    parts = {"phoneme": phoneme, "share": share, "articulation": lips, "consistency": consistency}
+    return loss, {name: part.item() for name, part in parts.items()}
 
 
 @torch.inference_mode()
-def validate(encoder: AudioEncoder, targets: Targets, held_out: Corpus, batches: int = 6) -> dict[str, float]:
-    """Accuracy of the phoneme at the frame's instant and r of the articulation, on voices not trained on."""
+def validate(
+    encoder: AudioEncoder, targets: Targets, held_out: Mapping[str, Corpus], batches: int = 6
+) -> dict[str, float]:
+    """Accuracy of the phoneme at the frame's instant, and r of the articulation, clean and degraded.
+
+    Args:
+        encoder: is put into evaluation mode.
+        targets: its heads.
+        held_out: what was not trained on; the figures of each corpus start with its name.
+        batches: how many batches of 12 segments a corpus.
+    """
     encoder.eval()
-    rng = np.random.default_rng(99)
-    hits: dict[str, list[Tensor]] = {}
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {"clean": [], "degraded": []}
     middle = OFFSETS.index(0)
-    for _ in range(batches):
-        batch = held_out.batch(12, rng)
-        logits, articulation = targets(encoder(batch.audio))
-        correct = (logits[:, :, middle].argmax(dim=-1) == batch.labels).float()
-        for name, part in (("clean", slice(0, 12)), ("degraded", slice(12, 24))):
-            labels = batch.labels[part]
-            speech = (labels != phonemes.SILENCE) & (labels != phonemes.UNKNOWN)
-            hits.setdefault(f"accuracy_{name}", []).append(correct[part][labels != phonemes.UNKNOWN])
-            hits.setdefault(f"accuracy_{name}_speech", []).append(correct[part][speech])
-            known = batch.posteriors[part, :, middle].sum(dim=-1) > 0.999
-            pairs[name].append((articulation[part, :, middle][known], batch.articulation[part, :, middle][known]))
-    figures = {name: float(torch.cat(values).mean()) for name, values in hits.items()}
-    for name, both in pairs.items():
-        mine, true = (torch.cat(side).T for side in zip(*both, strict=True))
-        correlations = [float(torch.corrcoef(torch.stack(rows))[0, 1]) for rows in zip(mine, true, strict=True)]
-        figures[f"articulation_r_{name}"] = float(np.mean(correlations))
+    figures: dict[str, float] = {}
+    for corpus, recordings in held_out.items():
+        rng = np.random.default_rng(99)
+        correct, speech, known, lips = ([] for _ in range(4))
+        for _ in range(batches):
+            batch = recordings.batch(12, rng)
+            logits, _, articulation = targets(encoder(batch.audio))
+            correct.append(logits[:, :, middle].argmax(dim=-1) == batch.labels)
+            known.append(batch.labels != phonemes.UNKNOWN)
+            speech.append(known[-1] & (batch.labels != phonemes.SILENCE))
+            lips.append(torch.stack([articulation[:, :, middle], batch.articulation[:, :, middle]]))
+        for name, half in (("clean", slice(0, 12)), ("degraded", slice(12, 24))):
+            right, spoken, sure = (torch.cat([one[half] for one in mine]) for mine in (correct, speech, known))
+            mine, true = torch.cat([pair[:, half] for pair in lips], dim=1)[:, sure].transpose(1, 2)
+            r = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(mine, true, strict=True)]
+            figures[f"{corpus}_accuracy_{name}"] = float(right[sure].float().mean())
+            figures[f"{corpus}_accuracy_{name}_speech"] = float(right[spoken].float().mean())
+            figures[f"{corpus}_articulation_r_{name}"] = float(torch.stack(r).mean())
     return figures
+
+
+def posteriors(encoder: AudioEncoder, targets: Targets) -> alignment.Posteriors:
+    """The phonemes' log-probabilities every 10 ms, from four passes over audio that starts 10 ms later each time."""
+    passes, half = LABEL_RATE // FPS, HOP // 2  # a label describes the middle of its 10 ms
+
+    @torch.inference_mode()
+    def compute(audio: synthesis.Audio) -> npt.NDArray[np.float32]:
+        samples = torch.from_numpy(audio)
+        middle = OFFSETS.index(0)
+        logits = [
+            targets(encoder.encode(F.pad(samples, (0, SAMPLES_PER_FRAME))[n * HOP + half :])[None])[0][0, :, middle]
+            for n in range(passes)
+        ]
+        frames = len(audio) // SAMPLES_PER_FRAME + 1
+        interleaved = torch.stack([one[:frames] for one in logits], dim=1).flatten(0, 1)
+        return F.log_softmax(interleaved[: len(audio) // HOP], dim=-1).numpy()
+
+    return compute
 
 
 def publish(encoder: AudioEncoder, config: Config, figures: dict[str, float], path: Path) -> None:
@@ -204,8 +247,16 @@ def publish(encoder: AudioEncoder, config: Config, figures: dict[str, float], pa
     write(path, save(state, metadata))
 
 
+def _from_checkpoint(path: Path) -> tuple[AudioEncoder, Targets]:
+    kept = torch.load(path, weights_only=True)
+    encoder, targets = AudioEncoder(), Targets()
+    encoder.load_state_dict(kept["encoder"])
+    targets.load_state_dict(kept["targets"])
+    return encoder.eval(), targets
+
+
 def pretrain(
-    config: Config, train: Corpus, held_out: Corpus, folder: Path, weights: Path, every: int = 200
+    config: Config, train: Corpus, held_out: Mapping[str, Corpus], folder: Path, weights: Path, every: int = 200
 ) -> dict[str, float]:
     """Train, with a checkpoint in ``folder`` every ``every`` steps; a later call goes on from it.
 
@@ -264,6 +315,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where the result goes")
     parser.add_argument("--minutes", type=float, default=Config.minutes, help="of synthetic speech")
     parser.add_argument("--steps", type=int, default=Config.steps)
+    parser.add_argument(
+        "--real",
+        type=Path,
+        nargs=2,
+        metavar=("FOLDER", "CHECKPOINT"),
+        help="add real speech: a folder whose manifest.csv has the columns file and transcript, "
+        "and an earlier run's checkpoint that tells when its phonemes are said",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.set_defaults(run=run)
 
@@ -271,12 +330,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Make the corpus if need be, train, write the weights."""
     torch.set_num_threads(args.threads)
-    config = Config(minutes=args.minutes, steps=args.steps)
+    config = Config(minutes=args.minutes, steps=args.steps, real_repeats=3 if args.real else 0)
     plan = synthesis.voices(config.minutes, config.seed)
     with Progress() as progress:
         task = progress.add_task("synthetic speech", total=len(plan))
-        recordings = list(synthesis.corpus(plan, args.runs / "corpus", lambda _: progress.advance(task)))
-    held_out = [recording for voice, recording in zip(plan, recordings, strict=True) if voice.held_out]
-    train = [recording for voice, recording in zip(plan, recordings, strict=True) if not voice.held_out]
-    pretrain(config, Corpus(train, config), Corpus(held_out, config), args.runs, args.weights)
+        made = list(synthesis.corpus(plan, args.runs / "corpus", lambda _: progress.advance(task)))
+    train = [recording for voice, recording in zip(plan, made, strict=True) if not voice.held_out]
+    held_out = {"synthetic": [recording for voice, recording in zip(plan, made, strict=True) if voice.held_out]}
+    if args.real:
+        folder, checkpoint = args.real
+        first, *others = alignment.recordings(folder, posteriors(*_from_checkpoint(checkpoint)))
+        train += others * config.real_repeats
+        held_out["real"] = [first]
+    corpora = {name: Corpus(recordings, config) for name, recordings in held_out.items()}
+    pretrain(config, Corpus(train, config), corpora, args.runs, args.weights)
     return 0
