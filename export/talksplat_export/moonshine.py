@@ -327,12 +327,10 @@ def load_folder(folder: Path) -> tuple[Moonshine, bytes]:
     """The model of a downloaded Hugging Face repository (UsefulSensors/moonshine-base or -tiny), and its tokenizer.
 
     Raises:
-        WeightsError: `model.safetensors` or `tokenizer.json` is missing, or is not Moonshine's.
+        FileNotFoundError: `model.safetensors` or `tokenizer.json` is missing.
+        WeightsError: `model.safetensors` is not Moonshine's.
     """
     weights, tokenizer = folder / "model.safetensors", folder / "tokenizer.json"
-    for path in (weights, tokenizer):
-        if not path.is_file():
-            raise WeightsError(f"{folder} has no {path.name}.")
     try:
         model = Moonshine.from_state({name: tensor.float() for name, tensor in load_file(weights).items()})
     except (KeyError, RuntimeError) as error:
