@@ -90,9 +90,15 @@ class AudioEncoder(nn.Module):
     The features have zero mean and unit variance over the training speech.
     """
 
+    level_weight: Tensor
+    level_floor: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.mel_power = MelPower()
+        mean = torch.full((1, _MELS, _LEVEL_FRAMES), 1 / (_MELS * _LEVEL_FRAMES))
+        self.register_buffer("level_weight", mean, persistent=False)
+        self.register_buffer("level_floor", torch.tensor([_LEVEL_FLOOR]), persistent=False)
         self.stem = _Convolution(_MELS, _WIDTH, 5, stride=2)  # 100 Hz -> 50 Hz
         self.blocks = nn.ModuleList(_Convolution(_WIDTH, _WIDTH, 3, dilation=d) for d in _DILATIONS)
         self.merge = _Convolution(_WIDTH, _WIDTH, 6, stride=2)  # 50 Hz -> 25 Hz
@@ -102,8 +108,10 @@ class AudioEncoder(nn.Module):
     def log_mel(self, audio: Tensor) -> Tensor:
         """Log-mel [B, mels, frames] relative to the mean power of the 400 ms before, so that gain does not matter."""
         power = self.mel_power(audio)
-        level = F.avg_pool1d(power.mean(dim=1, keepdim=True), _LEVEL_FRAMES, stride=1)
-        relative = power[:, :, _LEVEL_FRAMES - 1 :] / (level + _LEVEL_FLOOR)
+        # One convolution with the floor as its bias: a mean gives other bits in ONNX Runtime for a batch of one, and
+        # the ONNX optimiser takes an added 1e-8 for a zero.
+        level = F.conv1d(power, self.level_weight, self.level_floor)
+        relative = power[:, :, _LEVEL_FRAMES - 1 :] / level
         return torch.log10(relative + _RANGE_FLOOR) + 2.0
 
     def forward(self, audio: Tensor) -> Tensor:  # noqa: D102
@@ -154,8 +162,8 @@ def load(weights: Path = WEIGHTS) -> AudioEncoder:
 
 
 def stamp() -> str:
-    """A string that changes with the weights."""
-    return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    """A string that changes with the weights and with this module, which makes the graph."""
+    return hashlib.sha256(WEIGHTS.read_bytes() + Path(__file__).read_bytes()).hexdigest()
 
 
 def export(repository: Path) -> None:

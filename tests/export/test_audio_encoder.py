@@ -140,6 +140,19 @@ def test_export_has_the_promised_tensors_and_computes_the_same(encoder: AudioEnc
         np.testing.assert_allclose(actual, expected, atol=5e-5 * max(1, np.abs(expected).max()), rtol=0)
 
 
+def test_exported_silence_is_finite_and_a_window_gives_the_same_bits_in_any_batch(
+    encoder: AudioEncoder, tmp_path: Path
+) -> None:
+    audio_encoder.export(tmp_path)
+    session = _onnx.session(tmp_path / "audio_encoder" / "1" / "model.onnx")
+    audio = np.stack([np.zeros(WINDOW, np.float32), *(speech_like(WINDOW, seed).numpy() for seed in range(4))])
+    (together,) = session.run(None, {"AUDIO": audio})
+    assert np.isfinite(together).all()
+    for batch in (1, 2, 3):
+        (first,) = session.run(None, {"AUDIO": audio[-batch:]})
+        np.testing.assert_array_equal(first, together[-batch:])
+
+
 def test_stamp_follows_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stamp = audio_encoder.stamp()
     other = tmp_path / "other.safetensors"
