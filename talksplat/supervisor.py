@@ -17,7 +17,7 @@ CANARY_SECONDS = 5.0  # between two canaries
 CANARY_DEADLINE = 3.0  # for a canary's answer; two in a row must fail
 BUSY = 0.2  # cores: a server that uses more while a canary waits is at work, not hung,
 PATIENCE = 60.0  # for so many seconds
-STABLE_SECONDS = 60.0  # a server that served so long may break again at no delay
+STABLE_SECONDS = 10.0  # a server that broke later did not break by starting: it is started again at once
 LONGEST_DELAY = 30.0  # between two starts
 
 
@@ -32,7 +32,8 @@ class Supervisor:
     def __init__(self, server: Server, say: Callable[[str], None]) -> None:
         self._server = server
         self._say = say
-        self._unanswered_since: float | None = None
+        self._broken = 0  # times in a row
+        self._unanswered_since: float | None = None  # a canary, while the server is busy
 
     def run(self, serving: Callable[[], None]) -> None:
         """Start the server and keep it up; returns only by an exception, and leaves nothing running then.
@@ -45,28 +46,28 @@ class Supervisor:
         """
         try:
             self._server.start()
-            broken = 0  # times in a row
             while True:
                 began = time.monotonic()
                 serving()
                 reason = self._watch()
                 self._server.kill()
-                broken = broken + 1 if time.monotonic() - began < STABLE_SECONDS else 1
+                if time.monotonic() - began > STABLE_SECONDS:
+                    self._broken = 0
                 self._say(f"The server stopped serving: {reason}.")
-                self._start_again(broken)
+                self._start_again()
         finally:
             self._server.stop()
 
-    def _start_again(self, broken: int) -> None:
+    def _start_again(self) -> None:
         while True:
-            delay = min(LONGEST_DELAY, 2.0 ** (broken - 2)) if broken > 1 else 0.0
-            self._say("Starting it again" + (f" in {delay:g} s: it broke {broken} times in a row." if delay else "."))
+            self._broken += 1
+            delay = min(LONGEST_DELAY, 2.0 ** (self._broken - 3)) if self._broken > 2 else 0.0
+            self._say(f"Starting it again{f' in {delay:g} s: it broke {self._broken} times' if delay else ''}.")
             time.sleep(delay)
             try:
                 self._server.start()
             except ServerError as error:
                 self._say(str(error))
-                broken += 1
             else:
                 return
 

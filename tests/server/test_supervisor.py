@@ -216,10 +216,10 @@ def test_repeated_failures_are_tried_again_at_growing_intervals(monkeypatch: pyt
     delays: list[float] = []
     monkeypatch.setattr("time.sleep", delays.append)
     said: list[str] = []
-    server = Scripted(None, None, StartError("no luck"), None)
+    server = Scripted(None, None, None, StartError("no luck"), None)
     with pytest.raises(KeyboardInterrupt):
         Supervisor(server, said.append).run(lambda: None)  # type: ignore[arg-type]
-    assert delays == [0, 1, 2, 4]
+    assert delays == [0, 0, 1, 2, 4]
     assert "The server stopped serving: a stub ended." in said
     assert "no luck" in said
     assert server.stops == 1
