@@ -164,6 +164,7 @@ class Track:
         self._source.forget(self._tail_start(position))
 
     def _tail_start(self, position: int) -> int:
+        position = min(position, self.end)
         if self._resample is None:
             return max(position, 0)
         return max(position // self._block * self._block // self._target * self._rate - self._run_in, 0)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._state import StreamState
+
+
+_ENSEMBLE = re.compile(r"^in ensemble '\w+', ")  # which step failed says nothing to a caller
 
 
 class TalksplatError(Exception):
@@ -72,8 +76,11 @@ class MissingExtraError(TalksplatError, ImportError):
 
 def from_status(code: str, details: str, url: str) -> TalksplatError:
     """The error for a gRPC status: ``code`` is the status's name, ``url`` the replica that was asked."""
-    if code == "UNAVAILABLE" or "Stub process" in details:  # a dead stub is INTERNAL until the supervisor acts
-        return ServerUnavailableError(f"no talksplat server answers at {url}: {details}")
+    details = _ENSEMBLE.sub("", details)
+    if "Stub process" in details:  # of any code; the server's supervisor puts it right in seconds
+        return ServerUnavailableError(f"a part of the server at {url} has died: {details}")
+    if code == "UNAVAILABLE":
+        return ServerUnavailableError(f"no talksplat server answers at {url}: {details.rpartition(': ')[2]}")
     if code == "CANCELLED":  # by the other side: a server that stops
         return ServerUnavailableError(f"the server at {url} dropped the request: {details}")
     if code == "DEADLINE_EXCEEDED":

@@ -1,0 +1,257 @@
+"""``talksplat animate | transcribe | avatars | stream``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from typing import Any, BinaryIO
+
+from ._audio import Samples, to_mono
+from ._blocking import Client, Stream
+from ._exceptions import InvalidAudioError, TalksplatError
+from ._media import Mp4Writer, Recording, microphone, read_audio
+
+RAW_PACKET = 4096  # bytes read at once from a pipe
+LIVE_PACKET = 0.02  # seconds
+MICROPHONE_RATE = 48_000  # Hz, that every sound card has
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 1 after an error, 2 for wrong usage, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        with Client(args.url or "127.0.0.1:8001") as client:
+            args.run(client, args)
+    except BrokenPipeError:  # whoever read our output has enough; Python would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except TalksplatError as error:
+        print(f"talksplat: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"talksplat: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="talksplat", description="Speech in, a talking head out, from a talksplat server."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Client, argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        added.add_argument(
+            "--url", action="append", metavar="HOST:PORT", help="server, or several (default: 127.0.0.1:8001)"
+        )
+        return added
+
+    def sound(added: argparse.ArgumentParser, text: str, **options: Any) -> None:
+        added.add_argument("file", metavar="FILE", help=text, **options)
+        added.add_argument(
+            "--raw", type=int, metavar="HZ", help="the input is headerless int16 mono of this sample rate"
+        )
+
+    def look(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--avatar", required=True, metavar="ID")
+        added.add_argument("--seed", type=int, default=0, help="of blinks and background (default: 0)")
+        added.add_argument("--size", type=int, help="height and width in pixels (default: the avatar's)")
+        added.add_argument("--quality", type=int, default=85, help="of JPEG, 1 to 100 (default: 85)")
+
+    animate = command("animate", _animate, "Write a video in which an avatar speaks a recording.")
+    sound(animate, "audio or video file, - for standard input")
+    look(animate)
+    animate.add_argument("--out", required=True, metavar="MP4", help="file to write")
+    animate.add_argument("--transcript", action="store_true", help="also tell what is said")
+
+    transcribe = command("transcribe", _transcribe, "Print what is said in a recording.")
+    sound(transcribe, "audio or video file, - for standard input")
+
+    avatars = command("avatars", _avatars, "List the server's avatars.")
+    avatars.add_argument("--preload", action="append", default=[], metavar="ID", help="load this one first")
+
+    stream = command(
+        "stream", _stream, "Animate live sound: frames come out at the pace at which they are to be shown."
+    )
+    sound(stream, "audio file, - for standard input (default: the microphone)", nargs="?")
+    look(stream)
+    stream.add_argument(
+        "--out", metavar="FILE", help="where the JPEG frames go, one after the other; - for standard output"
+    )
+
+    for each in (animate, transcribe, avatars):
+        each.add_argument("--json", action="store_true", help="report as JSON on standard output")
+    return parser
+
+
+def _animate(client: Client, args: argparse.Namespace) -> None:
+    opened = _opener(args)
+    recording = opened()
+    client.clock()  # a missing server is a matter of its own, before anything is measured
+    preload_ms = _milliseconds(lambda: client.preload(args.avatar))
+    sound: deque[Samples] = deque()  # taken by the stream and not written yet
+
+    def heard() -> Iterator[Samples]:
+        for packet in recording.packets:
+            sound.append(packet)
+            yield packet
+
+    began = time.monotonic()
+    first = 0.0
+    count = samples = 0
+    fps = client.clock().fps
+    with (
+        Mp4Writer(args.out, sample_rate=recording.sample_rate, fps=fps) as file,
+        _start(client, heard(), recording.sample_rate, args) as frames,
+    ):
+        for frame in frames:
+            first = first or time.monotonic() - began
+            count += 1
+            while sound:
+                samples += sound[0].size
+                file.write_audio(sound.popleft())
+            file.write(frame)
+            _progress(count, recording.seconds and recording.seconds * fps, began)
+        for packet in sound:
+            samples += packet.size
+            file.write_audio(packet)
+    seconds = time.monotonic() - began
+    _progress_end()
+    report: dict[str, object] = {
+        "frames": count,
+        "seconds_of_audio": round(samples / recording.sample_rate, 3),
+        "ttff_ms": round(1e3 * first, 1),
+        "fps": round(count / seconds, 1),
+        "preload_ms": round(preload_ms, 1),
+    }
+    if args.transcript:
+        again = opened()
+        report = {"transcript": client.transcribe(again.packets, sample_rate=again.sample_rate)} | report
+    if args.json:
+        print(json.dumps(report))
+        return
+    if args.transcript:
+        print(report["transcript"])
+    print(
+        f"{args.out}: {count} frames for {report['seconds_of_audio']} s of audio, first frame after "
+        f"{report['ttff_ms']} ms, {report['fps']} frames/s"
+    )
+
+
+def _transcribe(client: Client, args: argparse.Namespace) -> None:
+    recording = _opener(args)()
+    text = client.transcribe(recording.packets, sample_rate=recording.sample_rate)
+    print(json.dumps({"transcript": text}) if args.json else text)
+
+
+def _avatars(client: Client, args: argparse.Namespace) -> None:
+    preloaded = [client.preload(avatar) for avatar in args.preload]
+    avatars = client.avatars()
+    if args.json:
+        print(json.dumps({"avatars": [asdict(each) for each in avatars], "preloaded": [asdict(e) for e in preloaded]}))
+        return
+    for each in avatars:
+        print(f"{each.id}\t{'loaded' if each.loaded else 'on disk'}")
+
+
+def _stream(client: Client, args: argparse.Namespace) -> None:
+    client.clock()
+    if args.file is None:
+        recording = Recording(MICROPHONE_RATE, None, microphone(MICROPHONE_RATE, LIVE_PACKET))
+    elif args.file == "-" and args.raw:
+        recording = Recording(args.raw, None, _raw_packets(sys.stdin.buffer))
+    else:
+        recording = read_audio(sys.stdin.buffer) if args.file == "-" else _opener(args)()
+        recording = Recording(recording.sample_rate, None, _paced(recording))
+    late = count = 0
+    start = 0.0
+    with _sink(args.out) as sink, _start(client, recording.packets, recording.sample_rate, args) as frames:
+        for frame in frames:
+            start = start or time.monotonic() - frame.pts
+            due = start + frame.pts
+            late += time.monotonic() > due + 1 / client.clock().fps
+            time.sleep(max(0.0, due - time.monotonic()))
+            sink.write(frame.data)
+            sink.flush()
+            count += 1
+    print(f"{count} frames, {late} of them late", file=sys.stderr)
+
+
+def _start(client: Client, audio: Iterable[Samples], sample_rate: int, args: argparse.Namespace) -> Stream:
+    look = {"seed": args.seed, "size": args.size, "quality": args.quality}
+    return client.animate(audio, avatar=args.avatar, sample_rate=sample_rate, **look)
+
+
+def _opener(args: argparse.Namespace) -> Callable[[], Recording]:
+    """What opens the recording that was asked for, as often as it is needed."""
+    content = sys.stdin.buffer.read() if args.file == "-" else None
+
+    def opened() -> Recording:
+        source: BinaryIO = open(args.file, "rb") if content is None else io.BytesIO(content)  # noqa: SIM115 (read later)
+        return Recording(args.raw, None, _raw_packets(source)) if args.raw else read_audio(source)
+
+    return opened
+
+
+def _raw_packets(pipe: BinaryIO) -> Iterator[Samples]:
+    half = b""  # of a sample that a pipe has cut
+    read: Callable[[int], bytes] = getattr(pipe, "read1", pipe.read)  # whatever is there, without waiting for more
+    while data := read(RAW_PACKET):
+        data = half + data
+        whole = len(data) // 2 * 2
+        half = data[whole:]
+        yield to_mono(data[:whole])
+    if half:
+        raise InvalidAudioError("the input ends in the middle of an int16 sample")
+
+
+def _paced(recording: Recording) -> Iterator[Samples]:
+    """A recording as it would come from a microphone."""
+    length = round(recording.sample_rate * LIVE_PACKET)
+    start, given = time.monotonic(), 0
+    for packet in recording.packets:
+        for begin in range(0, packet.size, length):
+            part = packet[begin : begin + length]
+            given += part.size
+            time.sleep(max(0.0, start + given / recording.sample_rate - time.monotonic()))
+            yield part
+
+
+def _sink(out: str | None) -> Any:
+    if out == "-":
+        return nullcontext(sys.stdout.buffer)
+    return open(out or os.devnull, "wb")
+
+
+def _progress(count: int, total: float | None, began: float) -> None:
+    if sys.stderr.isatty():
+        of = f" of {total:.0f}" if total else ""
+        rate = count / (time.monotonic() - began)
+        print(f"\r{count}{of} frames, {rate:.0f} frames/s ", end="", file=sys.stderr, flush=True)
+
+
+def _progress_end() -> None:
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+
+
+def _milliseconds(action: Callable[[], object]) -> float:
+    began = time.monotonic()
+    action()
+    return 1e3 * (time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
