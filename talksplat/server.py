@@ -236,7 +236,7 @@ class Server:
             with triton.InferenceServerClient(self.grpc_url) as client:
                 client.infer(model, inputs, client_timeout=timeout)
         except InferenceServerException as error:
-            raise NotServingError(f"The canary through {model} failed: {error.message()}.") from error
+            raise NotServingError(f"The canary through {model} failed: {error.message()}") from error
 
     def _sound_avatar(self) -> str | None:
         """An avatar that can be read: a broken bundle must not make a server look broken."""
@@ -409,8 +409,8 @@ class _Log:
 
 _LEVELS = {"I": "INFO", "W": "WARNING", "E": "ERROR", "F": "FATAL"}
 _LINE = re.compile(r'([IWEF])\d{4} (\d\d:\d\d:\d\d\.\d{3})\d* \d+ ([\w.]+):\d+\] "?(.*?)"?$')
-_HARMLESS = re.compile(
-    r"CudaDriverHelper|pinned memory|NVML|DCGM|nvidia-ml|CUDA memory pool|CUDA driver|cudaSuccess|"
+_NOISE = re.compile(  # tables of what the configs and the command line say, and the lack of a GPU
+    r"^[+|]|^I\d{4} .*\] ?$|CudaDriverHelper|pinned memory|NVML|DCGM|nvidia-ml|CUDA memory pool|CUDA driver|cudaSuccess|"
     r"unable to create stream|GPU metrics|cnmem|Failed to initialize NVML"
 )
 
@@ -418,7 +418,7 @@ _HARMLESS = re.compile(
 def readable(line: str) -> str | None:
     """One line of tritonserver's output as ``time level message``, or None for one that says nothing here."""
     line = line.rstrip()
-    if not line or _HARMLESS.search(line):
+    if not line or _NOISE.search(line):
         return None
     if found := _LINE.match(line):
         level, clock_time, _, message = found.groups()

@@ -162,8 +162,8 @@ def test_a_smaller_size_shows_the_same_picture(client: triton.InferenceServerCli
         np.frombuffer(frames[0], np.uint8).reshape(8, side // 8, 8, side // 8, 3).mean((1, 3))
         for frames, side in ((full, 64), (small, size))
     )
-    assert np.abs(whole - image).mean() < 5
-    assert np.abs(whole - np.roll(image, 1, axis=0)).mean() > 15  # so much a shift would show
+    assert np.abs(whole - image).mean() < 4
+    assert np.abs(whole - np.roll(image, 1, axis=0)).mean() > 8  # so much a shift would show
 
 
 def test_an_utterance_gives_the_frames_of_its_chunks(client: triton.InferenceServerClient) -> None:
@@ -332,7 +332,7 @@ def test_a_frame_index_out_of_range_is_invalid(client: triton.InferenceServerCli
 
 
 @pytest.mark.usefixtures("healthy_after")
-@pytest.mark.parametrize("samples", [0, framing.MAX_SAMPLES + 1, 60 * framing.MAX_SAMPLES])
+@pytest.mark.parametrize("samples", [0, framing.MAX_SAMPLES + 1])
 def test_an_utterance_of_impossible_length_is_invalid(client: triton.InferenceServerClient, samples: int) -> None:
     inputs = [
         tensor("AUDIO", np.zeros(samples, np.float32), "FP32"),
