@@ -1,0 +1,76 @@
+"""Audio -> text; the work is done in `talksplat.asr`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from talksplat import asr
+
+
+class TritonPythonModel:
+    """See config.pbtxt."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the networks, or leave them to Triton.
+
+        Raises:
+            TritonModelException: the parameter `networks` says neither.
+        """
+        parameters = {
+            name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()
+        }
+        folder = Path(args["model_repository"])
+        if parameters["networks"] == "in_process":
+            networks = asr.in_process(folder.parent, int(parameters["intra_op_thread_count"]))
+        elif parameters["networks"] == "triton":
+            networks = _through_triton()
+        else:
+            raise pb_utils.TritonModelException("asr: the parameter networks is neither in_process nor triton.")
+        tokenizer = asr.Tokenizer((folder / args["model_version"] / "tokenizer.bin").read_bytes())
+        self.transcribe = asr.Transcriber(networks, tokenizer)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request, one after the other."""
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request: Any) -> Any:
+        audio = pb_utils.get_input_tensor_by_name(request, "AUDIO").as_numpy()
+        try:
+            text = self.transcribe(audio)
+        except ValueError as error:
+            return _error(str(error), pb_utils.TritonError.INVALID_ARG)
+        except Exception as error:
+            return _error(f"asr could not transcribe: {error}", pb_utils.TritonError.INTERNAL)
+        return pb_utils.InferenceResponse([pb_utils.Tensor("TEXT", np.array([text.encode()], np.object_))])
+
+
+def _error(message: str, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def _through_triton() -> asr.Networks:
+    """By requests to Triton's own models, whatever backend serves them."""
+
+    def run(model: str, outputs: list[str], **inputs: Any) -> list[Any]:
+        tensors = [pb_utils.Tensor(name, array) for name, array in inputs.items()]
+        request = pb_utils.InferenceRequest(model_name=model, inputs=tensors, requested_output_names=outputs)
+        response = request.exec()
+        if response.has_error():
+            raise pb_utils.TritonModelException(f"{model} failed: {response.error().message()}")
+        return [pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs]
+
+    def step(token: Any, cross: Any, past: Any) -> tuple[Any, Any]:
+        logits, present = run("asr_decoder", ["LOGITS", "PRESENT_KV"], TOKEN=token, CROSS_KV=cross, PAST_KV=past)
+        return logits, present
+
+    return asr.Networks(
+        vad=lambda windows: run("vad", ["SPEECH"], AUDIO=windows)[0],
+        encoder=lambda audio: run("asr_encoder", ["CROSS_KV"], AUDIO=audio)[0],
+        decoder=step,
+    )
