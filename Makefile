@@ -71,10 +71,10 @@ $(VENV)/.installed: $(PROJECTS) $(SOURCES)
 	@echo "Installing into $(VENV) (the first time takes a few minutes) ..."
 	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	$(PIP) scikit-build-core nanobind cmake ninja hatchling editables
-	$(PIP) --no-build-isolation -e . -e './client[media]' -e ./export
+	$(PIP) --no-build-isolation -e '.[bench]' -e './client[media]' -e ./export
 	$(PIP) --no-deps silero-vad moonshine-cpp moonshine-voice
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout hypothesis whisper_normalizer espeakng-loader
+	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout hypothesis espeakng-loader
 	@touch $@
