@@ -28,7 +28,9 @@ CLOCK = {
     "max_utterance_seconds": 30,
 }
 
-Script = Callable[[int, int, Any], None]  # a request's chunk, how often it came before, its gRPC context to abort
+Script = Callable[
+    [int, int, Any], None
+]  # a request's chunk (-1: none), how often it came before, its gRPC context to abort
 
 
 class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # generated, untyped
@@ -72,7 +74,7 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         return response
 
     def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
-        chunk = inputs(request).get("FRAME_INDEX", 0) // self.clock["chunk_frames"]
+        chunk = inputs(request).get("FRAME_INDEX", -1) // self.clock["chunk_frames"]
         with self._lock:
             before = self._came[chunk]
             self._came[chunk] += 1

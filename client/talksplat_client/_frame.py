@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +30,14 @@ class Frame:
             MissingExtraError: the frame is a JPEG and PyAV is not installed.
             ServerError: the data are no picture.
         """
-        if self.format == "raw":
-            side = math.isqrt(len(self.data) // 3)
-            if side * side * 3 != len(self.data):
-                raise ServerError(f"frame {self.index} has {len(self.data)} bytes, no square RGB picture")
-            return np.frombuffer(self.data, np.uint8).reshape(side, side, 3)
+        if self.format == "jpeg":
+            return np.asarray(self._decoded().to_ndarray(format="rgb24"), np.uint8)
+        side = math.isqrt(len(self.data) // 3)
+        if side * side * 3 != len(self.data):
+            raise ServerError(f"frame {self.index} has {len(self.data)} bytes, no square RGB picture")
+        return np.frombuffer(self.data, np.uint8).reshape(side, side, 3)
+
+    def _decoded(self) -> Any:  # av.VideoFrame of the JPEG, in its own YUV
         try:
             import av
         except ImportError:
@@ -42,7 +46,7 @@ class Frame:
             [picture] = av.CodecContext.create("mjpeg", "r").decode(av.Packet(self.data))
         except (av.FFmpegError, ValueError) as error:
             raise ServerError(f"frame {self.index} is no JPEG: {error}") from error
-        return np.asarray(picture.to_ndarray(format="rgb24"), np.uint8)
+        return picture
 
 
 @dataclass(frozen=True)

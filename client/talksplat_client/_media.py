@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 from collections.abc import Iterator
@@ -55,14 +56,13 @@ def read_audio(source: str | Path | BinaryIO) -> Recording:
 
 
 def _decode(av: ModuleType, container: Any, stream: Any, name: object) -> Iterator[Samples]:
-    mixer = av.AudioResampler(format="flt", layout="mono", rate=stream.sample_rate)
+    # mixed down by `to_mono`: FFmpeg's own mix of floats is louder than either channel, and clips
+    floats = av.AudioResampler(format="fltp")
     with container:
         try:
-            for frame in container.decode(stream):
-                for mixed in mixer.resample(frame):
-                    yield to_mono(mixed.to_ndarray()[0])
-            for mixed in mixer.resample(None):
-                yield to_mono(mixed.to_ndarray()[0])
+            for frame in itertools.chain(container.decode(stream), [None]):
+                for planes in floats.resample(frame):
+                    yield to_mono(planes.to_ndarray().T)
         except av.FFmpegError as error:
             raise MediaError(f"{name} is damaged: {error}") from error
 
@@ -123,6 +123,7 @@ class Mp4Writer:
 
     def __enter__(self) -> Self:
         try:
+            self._part.touch()  # PyAV opens it much later
             self._container = self._av.open(str(self._part), "w", format="mp4", options={"movflags": "+faststart"})
         except OSError as error:
             raise MediaError(f"{self._path} can't be written: {error.strerror}") from error
@@ -141,9 +142,13 @@ class Mp4Writer:
             self._part.unlink(missing_ok=True)
 
     def write(self, frame: Frame) -> None:
-        """The next frame."""
+        """The next frame.
+
+        Raises:
+            ServerError: it is no picture.
+        """
         if frame.format == "jpeg":
-            [picture] = self._av.CodecContext.create("mjpeg", "r").decode(self._av.Packet(frame.data))
+            picture = frame._decoded()
         else:
             picture = self._av.VideoFrame.from_ndarray(frame.to_array(), "rgb24")
         if self._video is None:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"talksplat: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"talksplat: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"talksplat: {error.filename or 'input or output'}: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
