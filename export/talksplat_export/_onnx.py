@@ -58,8 +58,8 @@ def export(
     results = [results] if isinstance(results, Tensor) else list(results)
     if len(results) != len(outputs):
         raise ExportError(f"The module returns {len(results)} tensors, {len(outputs)} names were given.")
-    shared = {name: torch.export.Dim(name) for dims in dynamic.values() for name in dims.values()}
-    shapes = tuple({dim: shared[name] for dim, name in dynamic.get(tensor, {}).items()} for tensor in inputs)
+    # AUTO, since named ones cost a second attempt where a size has a minimum; what comes out is checked below.
+    shapes = tuple(dict.fromkeys(dynamic.get(name, {}), torch.export.Dim.AUTO) for name in inputs)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
