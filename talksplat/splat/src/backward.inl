@@ -11,50 +11,44 @@
 
 constexpr int kSums = 9;
 
-struct Backward {
-  QuadPixels pixels;
+struct Backward : Quad {
+  Pixels y, rest;
+  Colors grad;
   float* sums;  // [splats of the bin, kSums, kLanes]
-  F T[kVectors], GR[kVectors], GG[kVectors], GB[kVectors], rest[kVectors];
 
   // planes: at this quad, of the colour's gradient and of rest_0
-  INLINE Backward(int x, int y, const Camera& camera, const float* planes, float* sums) : pixels(x, y), sums(sums) {
-    UNROLL for (int v = 0; v < kVectors; v++) {
-      const float* at = planes + v * kRows * kBin;
-      GR[v] = load_rows(at), GG[v] = load_rows(at + kPlane), GB[v] = load_rows(at + 2 * kPlane);
-      rest[v] = load_rows(at + 3 * kPlane);
-      T[v] = pixels.inside(v, camera);
+  INLINE Backward(int x, int y0, const Camera& camera, const float* planes, float* sums)
+      : Quad(x, y0, camera), sums(sums) {
+    UNROLL for (int v = 0; v < kVectors; v++, planes += kRows * kBin) {
+      y[v] = lane_y(v) + (float(y0) + .5f);
+      grad.red[v] = load_rows(planes), grad.green[v] = load_rows(planes + kPlane);
+      grad.blue[v] = load_rows(planes + 2 * kPlane), rest[v] = load_rows(planes + 3 * kPlane);
     }
   }
-  INLINE void blend(const Splat& s, int index) {
-    const Exponent exponent(s, pixels.px);
+  INLINE void blend(const Row& row) {
+    const Splat& s = row.splat;
+    const F dx = px - s.x;
+    float* at = sums + s.id * (kSums * kLanes);
     F total[kSums];
-    UNROLL for (int k = 0; k < kSums; k++) total[k] = set(0);
+    UNROLL for (int k = 0; k < kSums; k++) total[k] = load(at + k * kLanes);
     UNROLL for (int v = 0; v < kVectors; v++) {
-      const F dy = pixels.py[v] - s.y, q = exponent.at(s, dy);
-      const F unclamped = exp2(q);
+      const F dy = y[v] - s.y, q = row.exponent(v, dx);
+      const F unclamped = exp2(q, kExp2);
       const F a = keep(ge(q, set(-kLog2Of255)), min(unclamped, set(kMaxAlpha)));
-      const F next = T[v] - a * T[v];
+      const F next = minus_product(T[v], a, T[v]);
       const M blended = gt(next, set(kMinT));
       const F weight = keep(blended, a * T[v]);
-      const F color = GR[v] * s.red + GG[v] * s.green + GB[v] * s.blue;
+      const F color = grad.red[v] * s.red + grad.green[v] * s.green + grad.blue[v] * s.blue;
       rest[v] -= weight * color;
       const F grad_alpha = T[v] * color - rest[v] * reciprocal(1.f - a);
       const F w = keep(both(blended, ge(set(kMaxAlpha), unclamped)), a * grad_alpha);
-      const F wx = w * exponent.dx, wy = w * dy;
-      total[0] += w, total[1] += wx, total[2] += wy;
-      total[3] += wx * exponent.dx, total[4] += wx * dy, total[5] += wy * dy;
-      total[6] += weight * GR[v], total[7] += weight * GG[v], total[8] += weight * GB[v];
+      const F wx = w * dx, wy = w * dy;
+      total[0] += w, total[1] += wx, total[2] += wy, total[3] += wx * dx, total[4] += wx * dy, total[5] += wy * dy;
+      total[6] += weight * grad.red[v], total[7] += weight * grad.green[v], total[8] += weight * grad.blue[v];
       T[v] = next;
     }
-    float* at = sums + index * (kSums * kLanes);
-    UNROLL for (int k = 0; k < kSums; k++) store(at + k * kLanes, load(at + k * kLanes) + total[k]);
+    UNROLL for (int k = 0; k < kSums; k++) store(at + k * kLanes, total[k]);
   }
-  INLINE bool opaque() const {
-    F most = T[0];
-    UNROLL for (int v = 1; v < kVectors; v++) most = max(most, T[v]);
-    return !any(gt(most, set(kMinT)));
-  }
-  INLINE void finish(float*) const {}
 };
 
 // The planes that Backward starts from.
@@ -64,22 +58,25 @@ inline void load_gradients(const Tile& tile, const Camera& camera, const float* 
     const size_t at = size_t(tile.y + y) * camera.width + tile.x;
     const float *color = colors + 3 * at, *grad = grad_colors + 3 * at;
     float* to = tile.planes + y * kBin;
-    for (int x = 0; x < tile.width; x++) {
-      const float r = grad[3 * x], g = grad[3 * x + 1], b = grad[3 * x + 2];
-      to[x] = r, to[kPlane + x] = g, to[2 * kPlane + x] = b;
-      to[3 * kPlane + x] = color[3 * x] * r + color[3 * x + 1] * g + color[3 * x + 2] * b -
-                           (1.f - alphas[at + x]) * grad_alphas[at + x];
-    }
+    auto read = [&](int width) {
+      for (int x = 0; x < width; x++) {
+        const float r = grad[3 * x], g = grad[3 * x + 1], b = grad[3 * x + 2];
+        to[x] = r, to[kPlane + x] = g, to[2 * kPlane + x] = b;
+        to[3 * kPlane + x] = color[3 * x] * r + color[3 * x + 1] * g + color[3 * x + 2] * b -
+                             (1.f - alphas[at + x]) * grad_alphas[at + x];
+      }
+    };
+    tile.width == kBin ? read(kBin) : read(tile.width);
   }
 }
 
-// Sums of kLanes splats (planes of kChunk, behind the attributes' planes) to gradients of the attributes, in place of
+// Sums of kLanes splats (planes of kStride, behind the attributes' planes) to gradients of the attributes, in place of
 // the latter.
 INLINE void project_backward(const View& v, float* planes) {
   const Projection p(v, planes);
-  auto plane = [planes](int k) { return load(planes + k * kChunk); };
-  auto sum = [planes](int k) { return load(planes + (kAttributes + k) * kChunk); };
-  auto put = [planes](int k, F x) { store(planes + k * kChunk, x); };
+  auto plane = [planes](int k) { return load(planes + k * kStride); };
+  auto sum = [planes](int k) { return load(planes + (kAttributes + k) * kStride); };
+  auto put = [planes](int k, F x) { store(planes + k * kStride, x); };
   const F s0 = plane(7), s1 = plane(8), s2 = plane(9);
 
   // To the centre, and to the conic (the covariance's inverse) and through it to the covariance.
@@ -134,6 +131,18 @@ INLINE void project_backward(const View& v, float* planes) {
   put(11, sum(6)), put(12, sum(7)), put(13, sum(8));
 }
 
+// Rows of an array to planes, and back.
+template <int Width, class Index>
+INLINE void take(const float* from, int count, Index index, float* planes) {
+  for (int i = 0; i < count; i++)
+    UNROLL for (int k = 0; k < Width; k++) planes[k * kStride + i] = from[index(i) * Width + k];
+}
+template <int Width, class Index>
+INLINE void give(float* to, int count, Index index, const float* planes) {
+  for (int i = 0; i < count; i++)
+    UNROLL for (int k = 0; k < Width; k++) to[index(i) * Width + k] = planes[k * kStride + i];
+}
+
 void backward(const Gaussians& g, const Prepared& prepared, const Camera& camera, Scratch& scratch, const float* colors,
               const float* alphas, const float* grad_colors, const float* grad_alphas, const Gradients& out) {
   const FlushDenormals flush;
@@ -153,34 +162,33 @@ void backward(const Gaussians& g, const Prepared& prepared, const Camera& camera
     load_gradients(tile, camera, colors, alphas, grad_colors, grad_alphas);
     float* sums = scratch.sums.get<float>(n * kSums * kLanes);
     __builtin_memset(sums, 0, n * kSums * kLanes * sizeof(float));
-    walk_bin(here, n, tile, scratch, [&](int x, int y) {
-      return Backward(tile.x + x, tile.y + y, camera, planes + y * kBin + x, sums);
-    });
+    walk_bin(
+        here, n, tile, scratch,
+        [&](int x, int y) { return Backward(tile.x + x, tile.y + y, camera, planes + y * kBin + x, sums); },
+        [](const Backward&, int, int) {});
     for (int64_t i = 0; i < n; i++)
       for (int k = 0; k < kSums; k++) moments[list[i] * kSums + k] += sum(load(sums + (i * kSums + k) * kLanes));
   }
 
-  const int widths[] = {3, 4, 3, 1, 3};
-  const float* from[] = {g.means, g.quats, g.scales, g.opacities, g.colors};
-  float* to[] = {out.means, out.quats, out.scales, out.opacities, out.colors};
-  for (int a = 0; a < 5; a++) __builtin_memset(to[a], 0, g.count * widths[a] * sizeof(float));
+  __builtin_memset(out.means, 0, g.count * 3 * sizeof(float));
+  __builtin_memset(out.quats, 0, g.count * 4 * sizeof(float));
+  __builtin_memset(out.scales, 0, g.count * 3 * sizeof(float));
+  __builtin_memset(out.opacities, 0, g.count * sizeof(float));
+  __builtin_memset(out.colors, 0, g.count * 3 * sizeof(float));
   const View view(camera);
-  planes = scratch.planes.get<float>((kAttributes + kSums) * kChunk);
+  planes = scratch.planes.get<float>((kAttributes + kSums) * kStride);
   for (int64_t first = 0; first < visible; first += kChunk) {
     const int count = int(visible - first < kChunk ? visible - first : kChunk);
-    for (int i = 0; i < count; i++) {
-      const int64_t id = splats[first + i].id;
-      for (int a = 0, k = 0; a < 5; a++)
-        for (int j = 0; j < widths[a]; j++, k++) planes[k * kChunk + i] = from[a][id * widths[a] + j];
-      for (int k = 0; k < kSums; k++) planes[(kAttributes + k) * kChunk + i] = moments[(first + i) * kSums + k];
-    }
+    auto id = [=](int i) { return int64_t(splats[first + i].id); };
+    take<3>(g.means, count, id, planes), take<4>(g.quats, count, id, planes + 3 * kStride);
+    take<3>(g.scales, count, id, planes + 7 * kStride), take<1>(g.opacities, count, id, planes + 10 * kStride);
+    take<3>(g.colors, count, id, planes + 11 * kStride);
+    take<kSums>(moments, count, [=](int i) { return first + i; }, planes + kAttributes * kStride);
     for (int k = 0; k < kAttributes + kSums; k++)
-      for (int i = count; i % kLanes; i++) planes[k * kChunk + i] = 1.f;
+      for (int i = count; i % kLanes; i++) planes[k * kStride + i] = 1.f;
     for (int i = 0; i < count; i += kLanes) project_backward(view, planes + i);
-    for (int i = 0; i < count; i++) {
-      const int64_t id = splats[first + i].id;
-      for (int a = 0, k = 0; a < 5; a++)
-        for (int j = 0; j < widths[a]; j++, k++) to[a][id * widths[a] + j] = planes[k * kChunk + i];
-    }
+    give<3>(out.means, count, id, planes), give<4>(out.quats, count, id, planes + 3 * kStride);
+    give<3>(out.scales, count, id, planes + 7 * kStride), give<1>(out.opacities, count, id, planes + 10 * kStride);
+    give<3>(out.colors, count, id, planes + 11 * kStride);
   }
 }

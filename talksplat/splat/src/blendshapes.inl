@@ -22,7 +22,7 @@ struct Blended {
     for (int a = 0; a < kAttributes; a++) {
       const float* canonical = shapes.canonical + a * shapes.count + first;
       const int8_t* bases = shapes.bases + int64_t(a) * shapes.rank * shapes.count + first;
-      float* out = planes + a * kChunk;
+      float* out = planes + a * kStride;
       int i = 0;
       for (; i + 4 * kLanes <= n; i += 4 * kLanes) blend_lanes<4>(a, canonical + i, bases + i, out + i);
       for (; i + kLanes <= n; i += kLanes) blend_lanes<1>(a, canonical + i, bases + i, out + i);
@@ -33,8 +33,8 @@ struct Blended {
       }
     }
     for (int i = 0; i < n; i += kLanes) {
-      for (int a = 7; a < 10; a++) store(planes + a * kChunk + i, exp(TALKSPLAT_ISA::load(planes + a * kChunk + i)));
-      float* opacity = planes + 10 * kChunk + i;
+      for (int a = 7; a < 10; a++) store(planes + a * kStride + i, exp(TALKSPLAT_ISA::load(planes + a * kStride + i)));
+      float* opacity = planes + 10 * kStride + i;
       store(opacity, 1.f / (1.f + exp(-TALKSPLAT_ISA::load(opacity))));
     }
   }
@@ -54,7 +54,7 @@ struct Blended {
 void blend(const Blendshapes& shapes, const float* weights, Scratch& scratch, const Gradients& out) {
   const FlushDenormals flush;
   const Blended source(shapes, weights);
-  float* planes = scratch.planes.get<float>(kAttributes * kChunk + kLanes);
+  float* planes = scratch.planes.get<float>(kAttributes * kStride);
   const int widths[] = {3, 4, 3, 1, 3};
   float* to[] = {out.means, out.quats, out.scales, out.opacities, out.colors};
   for (int64_t first = 0; first < shapes.count; first += kChunk) {
@@ -62,7 +62,7 @@ void blend(const Blendshapes& shapes, const float* weights, Scratch& scratch, co
     source.load(first, n, planes);
     for (int a = 0, k = 0; a < 5; a++)
       for (int j = 0; j < widths[a]; j++, k++)
-        for (int i = 0; i < n; i++) to[a][(first + i) * widths[a] + j] = planes[k * kChunk + i];
+        for (int i = 0; i < n; i++) to[a][(first + i) * widths[a] + j] = planes[k * kStride + i];
   }
 }
 
@@ -104,7 +104,7 @@ void draw_onto(const Blendshapes& shapes, const float* weights, const Camera& ca
     const uint32_t* list = prepared.bin_list.data<uint32_t>() + start[b];
     const Splat* splats = gather(prepared.splats.data<Splat>(), list, n, scratch.gathered);
     const Tile tile = tile_at(b, prepared.bins_x, camera, planes);
-    draw_bin(splats, n, tile, camera, mode, prepared.clamps, scratch);
+    draw_bin(splats, n, tile, camera, mode, scratch);
     composite_tile(tile, camera.width, plate, out);
   }
 }
@@ -136,7 +136,7 @@ int64_t draw_dirty(const Prepared& still, const Prepared& moving, const Camera& 
       write_background(tile, camera, colors, alphas);
       continue;
     }
-    draw_bin(splats, n, tile, camera, mode, still.clamps || moving.clamps, scratch);
+    draw_bin(splats, n, tile, camera, mode, scratch);
     write_tile(tile, camera, colors, alphas);
   }
   return drawn;

@@ -7,8 +7,8 @@
 constexpr int kQuad = 4;
 constexpr int kVectors = kQuad * kQuad / kLanes;  // in a quad
 constexpr int kRows = kLanes / kQuad;             // of a quad in a vector
-constexpr int kBatch = 64;                        // Gaussians a quad looks at before it asks whether it is opaque
-constexpr int kPlane = kBin * kBin;
+constexpr int kBatch = 64;                        // a strip's Gaussians between two looks at which quads are opaque
+constexpr int kPlane = kBin * kBin + 16;            // not a power of two, because of cache sets
 
 // A bin's pixels: planes of red, green, blue, alpha (and more for the backward pass), one row of the bin after the other.
 struct Tile {
@@ -41,184 +41,219 @@ INLINE F load_rows(const float* p) {
 INLINE F lane_x() { return to_float(iota() & (kQuad - 1)); }
 INLINE F lane_y(int v) { return to_float((iota() >> 2) + v * kRows); }
 
-struct QuadPixels {
-  F px, py[kVectors];  // pixel centres
-  QuadPixels() = default;
-  INLINE QuadPixels(int x, int y) {
-    px = lane_x() + (float(x) + .5f);
-    UNROLL for (int v = 0; v < kVectors; v++) py[v] = lane_y(v) + (float(y) + .5f);
+// A value for each of a quad's pixels. Copied vector by vector: compilers would copy the array with slow string moves.
+struct Pixels {
+  F v[kVectors];
+
+  INLINE explicit Pixels(F x = set(0)) {
+    UNROLL for (F& each : v) each = x;
   }
-  // 1 inside an image of this size, else 0: pixels outside count as opaque.
-  INLINE F inside(int v, const Camera& camera) const {
-    return keep(both(gt(set(float(camera.width)), px), gt(set(float(camera.height)), py[v])), set(1));
+  INLINE Pixels(const Pixels& other) { *this = other; }
+  INLINE Pixels& operator=(const Pixels& other) {
+    UNROLL for (int i = 0; i < kVectors; i++) v[i] = other.v[i];
+    return *this;
   }
+  INLINE F& operator[](int i) { return v[i]; }
+  INLINE F operator[](int i) const { return v[i]; }
 };
 
-// L - Q at each pixel.
-struct Exponent {
-  F dx, along;
-  INLINE Exponent(const Splat& s, F px) : dx(px - s.x), along(dx * s.a) {}
-  INLINE F at(const Splat& s, F dy) const { return s.L - (along + dy * s.b) * dx - dy * s.c * dy; }
+// A Gaussian within a strip, with all that depends on the row done: L - Q = base - (a dx + slope) dx.
+struct Row {
+  Pixels base, slope;
+  Splat splat;  // its id is its place in the bin
+
+  INLINE void start(const Splat& s, const Pixels& py) {
+    UNROLL for (int v = 0; v < kVectors; v++) {
+      const F dy = py[v] - s.y;
+      slope[v] = dy * s.b, base[v] = s.L - dy * s.c * dy;
+    }
+    splat = s;
+  }
+  INLINE F exponent(int v, F dx) const { return base[v] - (dx * splat.a + slope[v]) * dx; }
 };
 
-// gsplat's rule to the letter. Where the next T would be at most kMinT the Gaussian isn't blended any more; T itself
-// still takes that step, which keeps it below kMinT for good, and alpha is summed up beside it.
-template <bool clamps>
-struct Exact {
-  QuadPixels pixels;
-  F T[kVectors], R[kVectors], G[kVectors], B[kVectors], alpha[kVectors];
+// 4 x 4 pixels on their way from front to back. Those outside the image count as opaque.
+struct Quad {
+  F px;
+  Pixels T;
 
-  Exact() = default;
-  INLINE Exact(int x, int y, const Camera& camera) : pixels(x, y) {
-    UNROLL for (int v = 0; v < kVectors; v++) {
-      T[v] = pixels.inside(v, camera);
-      R[v] = G[v] = B[v] = alpha[v] = set(0);
-    }
-  }
-  INLINE void blend(const Splat& s, int) {
-    const Exponent exponent(s, pixels.px);
-    UNROLL for (int v = 0; v < kVectors; v++) {
-      const F q = exponent.at(s, pixels.py[v] - s.y);
-      const F unclamped = exp2(q);
-      const F a = keep(ge(q, set(-kLog2Of255)), clamps ? min(unclamped, set(kMaxAlpha)) : unclamped);
-      const F next = T[v] - a * T[v];
-      const F weight = keep(gt(next, set(kMinT)), a * T[v]);
-      R[v] += weight * s.red, G[v] += weight * s.green, B[v] += weight * s.blue, alpha[v] += weight;
-      T[v] = next;
-    }
+  INLINE Quad(int x, int y, const Camera& camera) : px(lane_x() + (float(x) + .5f)) {
+    const M in_width = gt(set(float(camera.width)), px);
+    UNROLL for (int v = 0; v < kVectors; v++)
+      T[v] = keep(both(in_width, gt(set(float(camera.height)), lane_y(v) + (float(y) + .5f))), set(1));
   }
   INLINE bool opaque() const {
     F most = T[0];
     UNROLL for (int v = 1; v < kVectors; v++) most = max(most, T[v]);
     return !any(gt(most, set(kMinT)));
   }
-  INLINE void finish(float* tile) const {
+};
+
+struct Colors {
+  Pixels red, green, blue;
+};
+
+// gsplat's rule to the letter. Where the next T would be at most kMinT the Gaussian isn't blended any more; T itself
+// still takes that step, which keeps it below kMinT for good, and alpha is summed up beside it. Alphas need clamping
+// only where an opacity is above the limit.
+template <bool clamps>
+struct Exact : Quad {
+  Colors sum;
+  Pixels alpha;
+
+  using Quad::Quad;
+  INLINE void blend(const Row& row) {
+    const Splat& s = row.splat;
+    const F dx = px - s.x;
     UNROLL for (int v = 0; v < kVectors; v++) {
-      float* at = tile + v * kRows * kBin;
-      store_rows(at, R[v]), store_rows(at + kPlane, G[v]), store_rows(at + 2 * kPlane, B[v]);
-      store_rows(at + 3 * kPlane, alpha[v]);
+      const F q = row.exponent(v, dx), unclamped = exp2(q, kExp2);
+      const F a = keep(ge(q, set(-kLog2Of255)), clamps ? min(unclamped, set(kMaxAlpha)) : unclamped);
+      const F next = minus_product(T[v], a, T[v]);
+      const F weight = keep(gt(next, set(kMinT)), a * T[v]);
+      sum.red[v] += weight * s.red, sum.green[v] += weight * s.green, sum.blue[v] += weight * s.blue;
+      alpha[v] += weight;
+      T[v] = next;
     }
   }
+  INLINE F opacity(int v) const { return alpha[v]; }
 };
 
 // For serving. Three liberties: alpha is clamped once per Gaussian (at its opacity) and not per pixel; a pixel that
 // has fallen to kMinT goes on until its whole quad has, which is the more correct picture but not gsplat's; and 2^x
-// has a relative error of 7e-5.
-struct Fast {
-  QuadPixels pixels;
-  F T[kVectors], R[kVectors], G[kVectors], B[kVectors];
+// is coarser.
+struct Fast : Quad {
+  Colors sum;
 
-  Fast() = default;
-  INLINE Fast(int x, int y, const Camera& camera) : pixels(x, y) {
+  using Quad::Quad;
+  INLINE void blend(const Row& row) {
+    const Splat& s = row.splat;
+    const F dx = px - s.x;
     UNROLL for (int v = 0; v < kVectors; v++) {
-      T[v] = pixels.inside(v, camera);
-      R[v] = G[v] = B[v] = set(0);
-    }
-  }
-  INLINE void blend(const Splat& s, int) {
-    const Exponent exponent(s, pixels.px);
-    UNROLL for (int v = 0; v < kVectors; v++) {
-      const F q = exponent.at(s, pixels.py[v] - s.y);
-      const F weight = keep(ge(q, set(-kLog2Of255)), exp2_coarse(q) * T[v]);
-      R[v] += weight * s.red, G[v] += weight * s.green, B[v] += weight * s.blue;
+      const F q = row.exponent(v, dx);
+      const F weight = keep(ge(q, set(-kLog2Of255)), exp2(q, kExp2Coarse) * T[v]);
+      sum.red[v] += weight * s.red, sum.green[v] += weight * s.green, sum.blue[v] += weight * s.blue;
       T[v] -= weight;
     }
   }
-  INLINE bool opaque() const {
-    F most = T[0];
-    UNROLL for (int v = 1; v < kVectors; v++) most = max(most, T[v]);
-    return !any(gt(most, set(kMinT)));
-  }
-  INLINE void finish(float* tile) const {
-    UNROLL for (int v = 0; v < kVectors; v++) {
-      float* at = tile + v * kRows * kBin;
-      store_rows(at, R[v]), store_rows(at + kPlane, G[v]), store_rows(at + 2 * kPlane, B[v]);
-      store_rows(at + 3 * kPlane, 1.f - T[v]);
-    }
-  }
+  INLINE F opacity(int v) const { return 1.f - T[v]; }
 };
 
-// The Gaussians of one bin as vectors, and those of them that touch one strip, one quad.
-struct BinLists {
-  float *x, *y, *tip, *tilt, *reach, *squash;
-  float *left, *right, *touching;  // of the strip: columns covered, index in the bin as a float's bits
-  float* chosen;                   // of the quad: index in the bin
+// A quad's pixels to the planes of a tile.
+template <class Kernel>
+INLINE void store_quad(const Kernel& k, float* at) {
+  UNROLL for (int v = 0; v < kVectors; v++, at += kRows * kBin) {
+    store_rows(at, k.sum.red[v]), store_rows(at + kPlane, k.sum.green[v]);
+    store_rows(at + 2 * kPlane, k.sum.blue[v]), store_rows(at + 3 * kPlane, k.opacity(v));
+  }
+}
 
-  BinLists(Scratch& scratch, const Splat* splats, int64_t n) {
-    const int64_t padded = (n + 2 * kLanes) / kLanes * kLanes;
-    float* p = scratch.bin.get<float>(9 * padded + kBatch + kLanes);
-    float** const arrays[] = {&x, &y, &tip, &tilt, &reach, &squash, &left, &right, &touching};
+// A bin's Gaussians as vectors, and those of them that touch a strip, a batch at a time.
+struct BinLists {
+  const Splat* splats;  // front to back
+  int64_t n;
+  float *x, *y, *tip, *tilt, *reach, *squash;
+  int64_t next;                        // the first that the strip hasn't looked at
+  int touching;                        // how many of the batch's rows there are
+  Row* rows;
+  float left[kBatch + 2 * kLanes], right[kBatch + 2 * kLanes], index[kBatch + 2 * kLanes];
+  float chosen[kBatch + 2 * kLanes];  // rows that touch the quad, as a float's bits
+
+  BinLists(Scratch& scratch, const Splat* splats, int64_t n) : splats(splats), n(n) {
+    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+    rows = scratch.rows.get<Row>(kBatch + kLanes);
+    float* p = scratch.bin.get<float>(6 * padded);
+    float** const arrays[] = {&x, &y, &tip, &tilt, &reach, &squash};
     for (float** array : arrays) *array = p, p += padded;
-    chosen = p;
     for (int64_t i = 0; i < n; i++) {
       const Splat& s = splats[i];
       x[i] = s.x, y[i] = s.y, tip[i] = s.tip, tilt[i] = s.tilt, reach[i] = s.reach, squash[i] = s.squash;
     }
-    for (int64_t i = n; i % kLanes; i++) x[i] = y[i] = tip[i] = tilt[i] = squash[i] = 0, reach[i] = -1;
+    for (int64_t i = n; i < padded; i++) x[i] = y[i] = tip[i] = tilt[i] = squash[i] = 0, reach[i] = -1;
   }
 
-  // Those of the n that touch the rows of pixel centres from y0 to y1, still in depth order; returns how many.
-  int64_t choose_strip(int64_t n, float y0, float y1) {
-    int64_t m = 0;
+  // Goes on to the next that touch the strip of pixel rows at y0 to y0 + 3: at least kBatch where there are as many.
+  void next_batch(float y0) {
+    touching = 0;
     const F zero = set(0);
-    I index = iota();
-    for (int64_t i = 0; i < n; i += kLanes, index += kLanes) {
-      const F cy = load(y + i), t = load(tip + i), d0 = y0 - cy, d1 = y1 - cy;
+    for (; next < n && touching < kBatch; next += kLanes) {
+      const int64_t i = next;
+      const F cy = load(y + i), t = load(tip + i), d0 = y0 - cy, d1 = y0 + float(kQuad - 1) - cy;
       const F high = clamp(t, d0, d1), low = clamp(-t, d0, d1);
       const F tilts = load(tilt + i), reaches = load(reach + i), squashes = load(squash + i);
       const F high2 = reaches - squashes * high * high, low2 = reaches - squashes * low * low;
       const M touches = both(ge(high2, zero), ge(low2, zero));
       const F cx = load(x + i);
-      compress(left + m, touches, cx + (tilts * low - sqrt(low2)));
-      compress(right + m, touches, cx + (tilts * high + sqrt(high2)));
-      compress(touching + m, touches, (F)index);
-      m += count(touches);
+      compress(left + touching, touches, cx + (tilts * low - rough_sqrt(low2)));
+      compress(right + touching, touches, cx + (tilts * high + rough_sqrt(high2)));
+      compress(index + touching, touches, (F)(iota() + int32_t(i)));
+      touching += count(touches);
     }
-    store(left + m, set(1e30f)), store(right + m, set(-1e30f));  // padding that touches no quad
-    return m;
+    store(left + touching, set(1e30f)), store(right + touching, set(-1e30f));  // padding that touches no quad
+    Pixels py;
+    UNROLL for (int v = 0; v < kVectors; v++) py[v] = lane_y(v) + y0;
+    for (int k = 0; k < touching; k++) {
+      int32_t i;
+      __builtin_memcpy(&i, index + k, 4);
+      rows[k].start(splats[i], py);
+    }
   }
 
-  // Of the strip's Gaussians from `begin` to `end`, at most kBatch, those that touch the columns from x0 to x1.
-  INLINE int choose_quad(int64_t begin, int64_t end, float x0, float x1) {
+  // Of the batch, those that touch the quad of pixel columns at x0 to x0 + 3; returns how many.
+  INLINE int choose(float x0) {
     int m = 0;
-    for (int64_t i = begin; i < end; i += kLanes) {
-      const M touches = both(ge(load(right + i), set(x0)), ge(set(x1), load(left + i)));
-      compress(chosen + m, touches, load(touching + i));
+    for (int i = 0; i < touching; i += kLanes) {
+      const M touches = both(ge(load(right + i), set(x0)), ge(set(x0 + float(kQuad - 1)), load(left + i)));
+      compress(chosen + m, touches, (F)(iota() + i));
       m += count(touches);
     }
     return m;
   }
 };
 
-// A bin's Gaussians, front to back, in a row.
+// A bin's Gaussians, front to back, in a row; their ids become their places in it.
 inline const Splat* gather(const Splat* splats, const uint32_t* list, int64_t n, Buffer& buffer) {
   Splat* out = buffer.get<Splat>(n);
-  for (int64_t i = 0; i < n; i++) out[i] = splats[list[i]];
+  for (int64_t i = 0; i < n; i++) {
+    out[i] = splats[list[i]];
+    out[i].id = int32_t(i);
+  }
   return out;
 }
 
-// Runs a kernel over the quads of a bin: make(x, y) starts the one at column x, row y of the tile; blend(splat, i) is
-// called for those of the bin's `n` splats that touch it, until it is opaque; and finish(pixels) at the end.
-template <class Make>
-INLINE void walk_bin(const Splat* splats, int64_t n, const Tile& tile, Scratch& scratch, Make make) {
+// A function of its own, so that the compiler gives all of its registers to this loop.
+template <class Kernel>
+__attribute__((noinline)) void blend_all(Kernel& kernel, const Row* rows, const float* chosen, int m) {
+  Kernel k = kernel;
+  for (int i = 0; i < m; i++) {
+    int32_t row;
+    __builtin_memcpy(&row, chosen + i, 4);
+    k.blend(rows[row]);
+  }
+  kernel = k;
+}
+
+// Runs a kernel over the quads of a bin. make(x, y) starts one at column x, row y of the tile; its blend(row) is called
+// for each Gaussian that touches it until it is opaque; finish(kernel, x, y) takes the result.
+template <class Make, class Finish>
+INLINE void walk_bin(const Splat* splats, int64_t n, const Tile& tile, Scratch& scratch, Make make, Finish finish) {
+  using Kernel = decltype(make(0, 0));
   BinLists lists(scratch, splats, n);
+  Kernel* kernels = scratch.quads.get<Kernel>(kBin / kQuad);
   for (int y = 0; y < tile.height; y += kQuad) {
-    const float y0 = float(tile.y + y) + .5f;
-    const int64_t touching = lists.choose_strip(n, y0, y0 + (kQuad - 1));
-    for (int x = 0; x < tile.width; x += kQuad) {
-      const float x0 = float(tile.x + x) + .5f;
-      auto kernel = make(x, y);
-      for (int64_t begin = 0; begin < touching && !kernel.opaque(); begin += kBatch) {
-        const int64_t end = begin + kBatch < touching ? begin + kBatch : touching;
-        const int m = lists.choose_quad(begin, end, x0, x0 + (kQuad - 1));
-        for (int i = 0; i < m; i++) {
-          int32_t index;
-          __builtin_memcpy(&index, lists.chosen + i, 4);
-          kernel.blend(splats[index], index);
-        }
+    const float y0 = float(tile.y + y) + .5f, x0 = float(tile.x) + .5f;
+    for (int x = 0; x < tile.width; x += kQuad) kernels[x / kQuad] = make(x, y);
+    lists.next = 0;
+    for (bool more = true; more && lists.next < n;) {
+      lists.next_batch(y0);
+      more = false;
+      for (int x = 0; x < tile.width; x += kQuad) {
+        Kernel& kernel = kernels[x / kQuad];
+        if (kernel.opaque()) continue;
+        more = true;
+        blend_all(kernel, lists.rows, lists.chosen, lists.choose(x0 + float(x)));
       }
-      kernel.finish(tile.planes + y * kBin + x);
     }
+    for (int x = 0; x < tile.width; x += kQuad) finish(kernels[x / kQuad], x, y);
   }
 }
 
@@ -229,14 +264,20 @@ INLINE Tile tile_at(int bin, int bins_x, const Camera& camera, float* planes) {
 }
 
 // Draws a bin's Gaussians into the planes of its tile.
-inline void draw_bin(const Splat* splats, int64_t n, const Tile& tile, const Camera& camera, Mode mode, bool clamps,
+template <class Kernel>
+void draw_bin_as(const Splat* splats, int64_t n, const Tile& tile, const Camera& camera, Scratch& scratch) {
+  walk_bin(
+      splats, n, tile, scratch, [&](int x, int y) { return Kernel(tile.x + x, tile.y + y, camera); },
+      [&](const Kernel& k, int x, int y) { store_quad(k, tile.planes + y * kBin + x); });
+}
+
+inline void draw_bin(const Splat* splats, int64_t n, const Tile& tile, const Camera& camera, Mode mode,
                      Scratch& scratch) {
-  auto run = [&](auto kernel) {
-    walk_bin(splats, n, tile, scratch, [&](int x, int y) { return decltype(kernel)(tile.x + x, tile.y + y, camera); });
-  };
-  if (mode == Mode::fast) run(Fast());
-  else if (clamps) run(Exact<true>());
-  else run(Exact<false>());
+  if (mode == Mode::fast) return draw_bin_as<Fast>(splats, n, tile, camera, scratch);
+  bool clamps = false;
+  for (int64_t i = 0; i < n; i++) clamps |= splats[i].L > kLog2MaxAlpha;
+  clamps ? draw_bin_as<Exact<true>>(splats, n, tile, camera, scratch)
+         : draw_bin_as<Exact<false>>(splats, n, tile, camera, scratch);
 }
 
 // A tile to its place in colors [H, W, 3] and alphas [H, W], over the background.
@@ -282,7 +323,7 @@ void draw(const Prepared& prepared, const Camera& camera, Mode mode, Scratch& sc
     }
     const uint32_t* list = prepared.bin_list.data<uint32_t>() + start[b];
     const Splat* splats = gather(prepared.splats.data<Splat>(), list, n, scratch.gathered);
-    draw_bin(splats, n, tile, camera, mode, prepared.clamps, scratch);
+    draw_bin(splats, n, tile, camera, mode, scratch);
     write_tile(tile, camera, colors, alphas);
   }
 }

@@ -9,12 +9,14 @@ constexpr float kLog2Of255 = 7.994353436858858f;
 constexpr float kLowPass = .3f;        // pixels^2, added to the diagonal of the 2D covariance
 constexpr float kNear = .01f;          // metres, or whatever unit the means have
 constexpr float kMaxAlpha = .999f;     // later versions of gsplat use .99
+constexpr float kLog2MaxAlpha = -.0014434168f;
 constexpr float kMinAlpha = 1.f / 255.f;
 constexpr float kMinT = 1e-4f;         // a pixel stops before its transmittance would fall to this
 constexpr float kBeyond = .15f;        // of the image's size: how far outside the Jacobian still follows a centre
 
 constexpr float kMaxReach = 1e8f;      // pixels; beyond it products of floats overflow
 constexpr int kChunk = 1024;           // Gaussians that are loaded and projected at a time; a multiple of kLanes
+constexpr int kStride = kChunk + 16;   // of their planes: a power of two would put all planes into the same cache sets
 
 // One visible Gaussian: a cache line.
 struct alignas(64) Splat {
@@ -61,9 +63,9 @@ struct Projection {
   F e00, e01, e02, e10, e11, e12;                 // E = W * rotation
   F c00, c01, c11, det;                           // covariance = (E S)(E S)^T + low-pass, and its determinant
 
-  // planes: attribute k of these Gaussians lies at planes + k * kChunk
+  // planes: attribute k of these Gaussians lies at planes + k * kStride
   INLINE Projection(const View& v, const float* planes) {
-    auto plane = [planes](int k) { return load(planes + k * kChunk); };
+    auto plane = [planes](int k) { return load(planes + k * kStride); };
     const F x = plane(0), y = plane(1), z = plane(2);
     tx = v.r00 * x + v.r01 * y + v.r02 * z + v.t0;
     ty = v.r10 * x + v.r11 * y + v.r12 * z + v.t1;
@@ -109,13 +111,14 @@ INLINE bool columns_within(const Splat& s, float y0, float y1, Range& columns) {
   return true;
 }
 
-// Calls visit(bin) for every bin that the ellipse touches.
+// Calls visit(bin, 1) for every bin that the ellipse touches, and perhaps visit(bin, 0) before that.
 template <class Visit>
 INLINE void for_each_bin(const Splat& s, int bins_x, Visit visit) {
   const int x0 = s.first_x, x1 = s.last_x, y0 = s.first_y, y1 = s.last_y;
-  if (x1 - x0 <= 1 || y0 == y1) {  // too few to be worth more than the box
-    for (int y = y0; y <= y1; y++)
-      for (int x = x0; x <= x1; x++) visit(y * bins_x + x);
+  if (x1 - x0 <= 1 && y1 - y0 <= 1) {  // nearly always, and without a branch that can't be predicted
+    const int wide = x1 - x0, high = y1 - y0;
+    visit(y1 * bins_x + x1, wide & high), visit(y1 * bins_x + x0, high);
+    visit(y0 * bins_x + x1, wide), visit(y0 * bins_x + x0, 1);
     return;
   }
   for (int y = y0; y <= y1; y++) {  // leave the box's corners out
@@ -123,24 +126,24 @@ INLINE void for_each_bin(const Splat& s, int bins_x, Visit visit) {
     if (!columns_within(s, y * kBin + .5f, y * kBin + kBin - .5f, columns)) continue;
     const float low = (columns.low - .5f) * (1.f / kBin), high = (columns.high - .5f) * (1.f / kBin);
     const int first = low > x0 ? int(low) : x0, last = high < x1 ? int(__builtin_floorf(high)) : x1;
-    for (int x = first; x <= last; x++) visit(y * bins_x + x);
+    for (int x = first; x <= last; x++) visit(y * bins_x + x, 1);
   }
 }
 
 // Projects the chunk in `planes` and appends its visible Gaussians to `splats`; returns how many.
 inline int64_t project_chunk(const float* planes, int64_t first_id, int count, const View& view, const Camera& camera,
-                             Mode mode, int bins_x, int bins_y, Splat* splats, bool& clamps) {
+                             Mode mode, int bins_x, int bins_y, Splat* splats) {
   const float width = float(camera.width), height = float(camera.height);
   const F zero = set(0), last_x = set(float(bins_x - 1)), last_y = set(float(bins_y - 1));
-  const float max_L = mode == Mode::fast ? -.0014434168f : 1e30f;  // log2(kMaxAlpha): fast clamps here, once
+  const float max_L = mode == Mode::fast ? kLog2MaxAlpha : 1e30f;  // fast clamps here, once
   Splat* out = splats;
   for (int i = 0; i < count; i += kLanes) {
     const float* at = planes + i;
     const Projection p(view, at);
     F poison = zero;  // becomes NaN where an attribute isn't finite
-    UNROLL for (int k = 0; k < kAttributes; k++) poison += load(at + k * kChunk) * 0.f;
+    UNROLL for (int k = 0; k < kAttributes; k++) poison += load(at + k * kStride) * 0.f;
 
-    const F opacity = load(at + 10 * kChunk);
+    const F opacity = load(at + 10 * kStride);
     const F scale = kLog2e / p.det;
     const F x = view.fx * p.tx * p.iz + view.cx, y = view.fy * p.ty * p.iz + view.cy;
     const F L = log2(opacity), limit = max(L + kLog2Of255, zero);
@@ -171,10 +174,9 @@ inline int64_t project_chunk(const float* planes, int64_t first_id, int count, c
     for (; lanes; lanes &= lanes - 1) {
       const int k = __builtin_ctz(lanes);
       *out++ = {f[X][k], f[Y][k], f[A][k], f[B][k], f[C][k], f[LogOpacity][k],
-                at[11 * kChunk + k], at[12 * kChunk + k], at[13 * kChunk + k],
+                at[11 * kStride + k], at[12 * kStride + k], at[13 * kStride + k],
                 f[Tip][k], f[Tilt][k], f[Reach][k], f[Squash][k], f[Z][k], int32_t(first_id + i + k),
                 uint8_t(f[X0][k]), uint8_t(f[X1][k]), uint8_t(f[Y0][k]), uint8_t(f[Y1][k])};
-      clamps |= at[10 * kChunk + k] > kMaxAlpha;
     }
   }
   return out - splats;
@@ -217,15 +219,15 @@ struct Interleaved {
   int64_t count() const { return g.count; }
   void load(int64_t first, int n, float* planes) const {
     split<3>(g.means + 3 * first, n, planes);
-    split<4>(g.quats + 4 * first, n, planes + 3 * kChunk);
-    split<3>(g.scales + 3 * first, n, planes + 7 * kChunk);
-    split<1>(g.opacities + first, n, planes + 10 * kChunk);
-    split<3>(g.colors + 3 * first, n, planes + 11 * kChunk);
+    split<4>(g.quats + 4 * first, n, planes + 3 * kStride);
+    split<3>(g.scales + 3 * first, n, planes + 7 * kStride);
+    split<1>(g.opacities + first, n, planes + 10 * kStride);
+    split<3>(g.colors + 3 * first, n, planes + 11 * kStride);
   }
   template <int Width>
   static void split(const float* from, int n, float* planes) {
     for (int i = 0; i < n; i++)
-      for (int k = 0; k < Width; k++) planes[k * kChunk + i] = from[Width * i + k];
+      for (int k = 0; k < Width; k++) planes[k * kStride + i] = from[Width * i + k];
   }
 };
 
@@ -233,16 +235,15 @@ template <class Source>
 void prepare_from(const Source& source, const Camera& camera, Mode mode, Scratch& scratch, Prepared& out) {
   const View view(camera);
   out.bins_x = (camera.width + kBin - 1) / kBin, out.bins_y = (camera.height + kBin - 1) / kBin;
-  out.clamps = false;
   Splat* splats = out.splats.get<Splat>(source.count());
-  float* planes = scratch.planes.get<float>(kAttributes * kChunk + kLanes);
+  float* planes = scratch.planes.get<float>(kAttributes * kStride);
   int64_t n = 0;
   for (int64_t first = 0; first < source.count(); first += kChunk) {
     const int count = int(source.count() - first < kChunk ? source.count() - first : kChunk);
     source.load(first, count, planes);
     for (int k = 0; k < kAttributes; k++)  // the last vector's spare lanes must not be slow to compute on
-      for (int i = count; i < kChunk && i % kLanes; i++) planes[k * kChunk + i] = 1.f;
-    n += project_chunk(planes, first, count, view, camera, mode, out.bins_x, out.bins_y, splats + n, out.clamps);
+      for (int i = count; i < kChunk && i % kLanes; i++) planes[k * kStride + i] = 1.f;
+    n += project_chunk(planes, first, count, view, camera, mode, out.bins_x, out.bins_y, splats + n);
   }
   out.visible = n;
   uint32_t* order = out.order.get<uint32_t>(n);
@@ -253,7 +254,7 @@ void prepare_from(const Source& source, const Camera& camera, Mode mode, Scratch
   int64_t* start = out.bin_start.get<int64_t>(bins + 1);
   int64_t* cursor = scratch.cursor.get<int64_t>(bins);
   for (int b = 0; b < bins; b++) cursor[b] = 0;
-  for (int64_t i = 0; i < n; i++) for_each_bin(splats[i], out.bins_x, [=](int b) { cursor[b]++; });
+  for (int64_t i = 0; i < n; i++) for_each_bin(splats[i], out.bins_x, [=](int b, int touches) { cursor[b] += touches; });
   int64_t before = 0;
   for (int b = 0; b < bins; b++) {
     start[b] = before, before += cursor[b];
@@ -262,7 +263,10 @@ void prepare_from(const Source& source, const Camera& camera, Mode mode, Scratch
   start[bins] = before;
   uint32_t* list = out.bin_list.get<uint32_t>(before);
   for (int64_t i = 0; i < n; i++)
-    for_each_bin(splats[order[i]], out.bins_x, [=](int b) { list[cursor[b]++] = order[i]; });
+    for_each_bin(splats[order[i]], out.bins_x, [=](int b, int touches) {
+      list[cursor[b]] = order[i];  // where it doesn't touch, the same slot is written again at once, by one that does
+      cursor[b] += touches;
+    });
 }
 
 void prepare(const Gaussians& g, const Camera& camera, Mode mode, Scratch& scratch, Prepared& out) {

@@ -25,11 +25,13 @@ using M = __mmask16;
 INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }  // b where either is NaN, as for max
 INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 INLINE F sqrt(F a) { return _mm512_sqrt_ps(a); }
+INLINE F rough_sqrt(F a) { return a * _mm512_rsqrt14_ps(max(a, _mm512_set1_ps(1e-30f))); }  // to 1e-3 or better
 INLINE F floor(F a) { return _mm512_roundscale_ps(a, 9); }
 INLINE F reciprocal(F a) {  // 14 bits and one Newton step
   const F r = _mm512_rcp14_ps(a);
   return r * (2.f - a * r);
 }
+INLINE F minus_product(F x, F a, F b) { return _mm512_fnmadd_ps(a, b, x); }  // x - a b
 INLINE M ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 INLINE M gt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 INLINE M both(M a, M b) { return _kand_mask16(a, b); }
@@ -53,8 +55,10 @@ using M = __m256;
 INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
 INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
 INLINE F sqrt(F a) { return _mm256_sqrt_ps(a); }
+INLINE F rough_sqrt(F a) { return a * _mm256_rsqrt_ps(max(a, _mm256_set1_ps(1e-30f))); }  // to 1e-3 or better
 INLINE F floor(F a) { return _mm256_floor_ps(a); }
 INLINE F reciprocal(F a) { return 1.f / a; }
+INLINE F minus_product(F x, F a, F b) { return _mm256_fnmadd_ps(a, b, x); }  // x - a b
 INLINE M ge(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
 INLINE M gt(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 INLINE M both(M a, M b) { return _mm256_and_ps(a, b); }
@@ -91,11 +95,13 @@ INLINE F max(F a, F b) { return a > b ? a : b; }
 INLINE F sqrt(F a) {
   return F{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])};
 }
+INLINE F rough_sqrt(F a) { return sqrt(a); }
 INLINE F floor(F a) {
   const F n = __builtin_convertvector(__builtin_convertvector(a, I), F);  // toward zero
   return n - __builtin_convertvector((n > a) & 1, F);
 }
 INLINE F reciprocal(F a) { return 1.f / a; }
+INLINE F minus_product(F x, F a, F b) { return x - a * b; }
 INLINE M ge(F a, F b) { return a >= b; }
 INLINE M gt(F a, F b) { return a > b; }
 INLINE M both(M a, M b) { return a & b; }
@@ -145,34 +151,42 @@ INLINE I iota() {
 }
 
 INLINE float sum(F x) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, x);
-  UNROLL for (int width = kLanes / 2; width >= 1; width /= 2)
-    UNROLL for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-  return lanes[0];
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(x);
+#elif defined(__AVX2__)
+  const __m128 half = _mm256_castps256_ps128(x) + _mm256_extractf128_ps(x, 1);
+  const __m128 quarter = half + _mm_movehl_ps(half, half);
+  return quarter[0] + quarter[1];
+#else
+  return (x[0] + x[1]) + (x[2] + x[3]);
+#endif
 }
 
-// 2^x with a relative error of 2.6e-6, for -126 <= x <= 127; garbage elsewhere. Adding the magic number rounds x to
-// an integer, which is then the low bits of the sum; the polynomial does the fraction in [-1/2, 1/2], and the integer
-// is added to its exponent.
-INLINE F exp2(F x) {
-  const F magic = set(0x1.8p23f);
-  const F shifted = x + magic, f = x - (shifted - magic);
-  F p = f * 9.5701020e-3f + 5.5917861e-2f;
-  p = p * f + 2.4024745e-1f;
-  p = p * f + 6.9312181e-1f;
-  p = p * f + 9.9999926e-1f;
-  return (F)((I)p + ((I)shifted << 23));
-}
+// Polynomials for 2^f, highest power first, with the least relative error: 2.6e-6 and 7.5e-5.
+#if defined(__AVX512F__)  // 0 <= f < 1
+constexpr float kExp2[] = {1.35341680e-02f, 5.20114614e-02f, 2.41442756e-01f, 6.93003835e-01f, 1.00000259e+00f};
+constexpr float kExp2Coarse[] = {7.80245236e-02f, 2.26067161e-01f, 6.95833534e-01f, 9.99925220e-01f};
+#else  // -1/2 <= f <= 1/2
+constexpr float kExp2[] = {9.57010199e-03f, 5.59178610e-02f, 2.40247448e-01f, 6.93121815e-01f, 9.99999261e-01f};
+constexpr float kExp2Coarse[] = {5.51716697e-02f, 2.42611127e-01f, 6.93260986e-01f, 9.99928073e-01f};
+#endif
 
-// The same with a relative error of 7.5e-5, for one multiplication less.
-INLINE F exp2_coarse(F x) {
-  const F magic = set(0x1.8p23f);
-  const F shifted = x + magic, f = x - (shifted - magic);
-  F p = f * 5.5171670e-2f + 2.4261113e-1f;
-  p = p * f + 6.9326099e-1f;
-  p = p * f + 9.9992807e-1f;
+// 2^x for -126 <= x <= 127; elsewhere garbage, but in AVX-512.
+template <int Terms>
+INLINE F exp2(F x, const float (&polynomial)[Terms]) {
+#if defined(__AVX512F__)
+  const F f = _mm512_reduce_ps(x, 9);  // x - floor(x)
+#else
+  // Adding 1.5 * 2^23 rounds x to an integer, which is then the low bits of the sum.
+  const F magic = set(0x1.8p23f), shifted = x + magic, f = x - (shifted - magic);
+#endif
+  F p = set(polynomial[0]);
+  UNROLL for (int i = 1; i < Terms; i++) p = p * f + polynomial[i];
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, x);
+#else
   return (F)((I)p + ((I)shifted << 23));
+#endif
 }
 
 // e^x, relative error 2e-7; 0 below the range of floats and infinite or huge above it; NaN stays NaN.

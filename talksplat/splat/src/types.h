@@ -64,12 +64,11 @@ struct Prepared {
   Buffer splats, order, bin_start, bin_list;
   int64_t visible = 0;
   int bins_x = 0, bins_y = 0;
-  bool clamps = false;  // whether an opacity exceeds the largest alpha
 };
 
 // Memory of one frame in the making; any thread may use it, one at a time.
 struct Scratch {
-  Buffer planes, keys, cursor, gathered, bin, tile, moments, sums, ring, maps;
+  Buffer planes, keys, cursor, gathered, bin, rows, quads, tile, moments, sums, ring, maps;
   Prepared prepared, moving;
 };
 
