@@ -1,0 +1,56 @@
+"""Plates: the recorded frames that an avatar is drawn onto, played forth and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import simplejpeg
+
+from talksplat_export.recording import Recording
+from talksplat_export.track import Track
+
+QUALITIES = range(92, 48, -2)  # of JPEG, best first
+
+
+class PlatesError(ValueError):
+    """No plates can be had that fit."""
+
+
+def choose(track: Track, count: int) -> range:
+    """The ``count`` consecutive frames that make the calmest loop.
+
+    Lips nearly shut and eyes open, so that little of the recorded face has to be covered; the head near its usual
+    pose, and nearly still at both ends, where the loop turns back.
+    """
+    count = min(count, len(track))
+    opening = track.lip_opening / max(float(np.percentile(track.lip_opening, 99)), 1.0)
+    view = track.viewmats.reshape(len(track), 16)
+    away = np.linalg.norm(view - view.mean(0), axis=1)
+    speed = np.linalg.norm(np.gradient(view, axis=0), axis=1) if len(track) > 1 else np.zeros(1)
+    cost = opening.clip(0) + track.blink + away / max(float(away.mean()), 1e-9) * 0.2
+    mean = np.convolve(cost, np.ones(count) / count, "valid")
+    ends = (speed[: len(mean)] + speed[count - 1 :]) / max(float(speed.mean()), 1e-9)
+    start = int(np.argmin(mean + 0.1 * ends))
+    return range(start, start + count)
+
+
+def encode(recording: Recording, frames: range, budget: int) -> list[bytes]:
+    """The frames as JPEGs of the best quality with which all of them take ``budget`` bytes at most.
+
+    Raises:
+        PlatesError: they do not fit at the lowest quality.
+    """
+    images = list(recording.frames(frames.start, frames.stop))
+    sample = images[:: max(len(images) // 8, 1)]
+    for quality in QUALITIES:
+        if sum(len(_jpeg(image, quality)) for image in sample) / len(sample) * len(images) > budget:
+            continue
+        plates = [_jpeg(image, quality) for image in images]
+        if sum(map(len, plates)) <= budget:
+            return plates
+    raise PlatesError(
+        f"{len(images)} plates do not fit into {budget / 1e6:.1f} MB: ask for fewer plates or a larger bundle."
+    )
+
+
+def _jpeg(image: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], quality: int) -> bytes:
+    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "420"))

@@ -1,0 +1,199 @@
+"""`talksplat-export quality`: how close an avatar's frames come to a recording of the same person.
+
+Every frame of the test split (what follows the frames that the avatar was fitted to) is drawn as it is served
+(`talksplat.splat.render_onto`, fast mode) with the recording's own head pose and blink, over the recorded frame as its
+plate, and compared with the recorded frame. Two rows: ``driven_by`` "coefficients" takes what the track says the mouth
+does; "audio" takes what the audio encoder, the avatar's adapter and the voice activity's gate make of the sound.
+
+====================== ================================================================================================
+``face_psnr_db``       peak signal-to-noise ratio in the face crop, mean of all frames; the crop is the box around all
+                       landmarks, brows to chin, in all test frames
+``mouth_psnr_db``      the same in the box around all landmarks of the mouth in all test frames, 4 pixels wider
+``ssim``               structural similarity of the face crop, mean of all frames
+``landmark_px``        mean distance of the mouth's landmarks in drawn and recorded frame, in pixels of the frame
+``lip_r``              correlation of the lips' opening over time in drawn and recorded frames
+``lip_lag_frames``     by how many frames the drawn lips lag where that correlation is largest (-5 to 5)
+``silence_std_pct``    standard deviation of the drawn lips' opening in silence, in percent of the recorded opening's
+                       range (2nd to 98th percentile); silence is where the voice activity stayed below 0.1
+====================== ================================================================================================
+
+With a FaceLandmarker model (``measured_by`` "mediapipe") the last four are measured on pixels: the tracker looks at
+drawn and recorded frames alike. Without one ("regression"), drawn landmarks are those that the frame's weights give by
+a regression of the track's landmarks on the weights of the frames fitted to; recorded ones are the track's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+
+from talksplat import avatar as bundle
+from talksplat import splat
+from talksplat.animator import SPEECH_EDGES
+from talksplat.avatar import BLINK, Avatar, BundleError, UnknownAvatarError
+from talksplat.bench import _report
+from talksplat_export import bars, geometry, stage_b, track
+from talksplat_export.geometry import Float32
+from talksplat_export.recording import Image, Recording, RecordingError
+from talksplat_export.stage_b import Adapter, Heard
+from talksplat_export.track import LAYOUTS, Landmarker, Track, TrackError, lip_opening
+
+MOUTH_MARGIN = 4  # pixels
+LAGS = range(-5, 6)
+SHARPEST = 60.0  # dB at which a frame counts as equal
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """An avatar with the recording that it is compared with."""
+
+    avatar: Avatar
+    recording: Recording
+    track: Track
+    heard: Heard
+
+    @property
+    def test(self) -> range:
+        """The frames that the avatar was not fitted to."""
+        return range(int(self.avatar.provenance["train_frames"]), len(self.track))
+
+    def weights(self, driven_by: str) -> Float32:
+        """Weights [T, 21] of all frames, driven by "coefficients" or "audio"."""
+        basis = np.array(self.avatar.provenance["coefficient_basis"], np.float32)
+        weights = geometry.frame_weights(self.track, basis)
+        if driven_by == "audio":
+            weights[:, :BLINK] = Adapter(self.avatar.adapter_in, self.avatar.adapter_out)(self.heard)
+        return weights
+
+    def draw(self, weights: Float32, frames: range) -> Iterator[tuple[Image, Image]]:
+        """Recorded and drawn frames."""
+        shapes = splat.Blendshapes(self.avatar.canonical, self.avatar.bases, self.avatar.basis_scales)
+        for index, recorded in zip(frames, self.recording.frames(frames.start, frames.stop), strict=False):
+            job = splat.Job(shapes, weights[index], self.track.viewmats[index], self.avatar.K, recorded)
+            yield recorded, splat.render_onto([job], threads=1)[0]
+
+    def box(self, landmarks: tuple[int, ...], margin: int = 0) -> tuple[slice, slice]:
+        """Rows and columns around some landmarks in all test frames."""
+        points = self.track.landmarks[self.test.start : self.test.stop, list(landmarks)].reshape(-1, 2)
+        low = np.floor(points.min(0)).astype(int).clip(0) - margin
+        high = np.ceil(points.max(0)).astype(int) + margin
+        return slice(max(low[1], 0), high[1]), slice(max(low[0], 0), high[0])
+
+
+def psnr(recorded: Image, drawn: Image) -> float:
+    """Peak signal-to-noise ratio in dB, at most `SHARPEST`."""
+    error = np.mean((recorded.astype(np.float32) - drawn.astype(np.float32)) ** 2)
+    return float(min(20 * np.log10(255) - 10 * np.log10(max(error, 1e-12)), SHARPEST))
+
+
+def measure(
+    subject: Subject,
+    driven_by: str,
+    model: Path | None,
+    advance: Callable[[int], object] = lambda done: None,
+) -> _report.Row:
+    """One row of figures over the test frames; see the module.
+
+    Args:
+        model: FaceLandmarker's, to measure landmarks on pixels.
+        advance: called with the number of frames done.
+    """
+    weights = subject.weights(driven_by)
+    test, layout = subject.test, subject.track.layout
+    face = subject.box((*layout.brows, *layout.jaw, *layout.mouth))
+    mouth = subject.box(layout.mouth, MOUTH_MARGIN)
+    face_db, mouth_db, similarity, found = [], [], [], []
+    landmarker = Landmarker(model) if model is not None else None
+    for recorded, drawn in subject.draw(weights, test):
+        face_db.append(psnr(recorded[face], drawn[face]))
+        mouth_db.append(psnr(recorded[mouth], drawn[mouth]))
+        similarity.append(
+            splat.ssim(*(image[face].astype(np.float32) for image in (recorded, drawn)), 255.0, threads=1)
+        )
+        if landmarker is not None:
+            found.append([landmarker(image) for image in (recorded, drawn)])
+        advance(len(face_db))
+    if landmarker is not None:
+        landmarker.close()
+        usable = np.array([all(pair) for pair in found])
+        truth, drawn_at = (np.stack([pair[side][0] for pair in found if all(pair)]) for side in (0, 1))
+    else:
+        usable = np.ones(len(test), bool)
+        truth = subject.track.landmarks[test.start : test.stop]
+        drawn_at = truth + _displaced(subject, weights) - _displaced(subject, subject.weights("coefficients"))
+    lips = list(LAYOUTS[truth.shape[1]].mouth)
+    opening, drawn_opening = lip_opening(truth), lip_opening(drawn_at)
+    correlations = [_correlation(opening, drawn_opening, lag) for lag in LAGS]
+    silent = subject.heard.speech[test.start : test.stop][usable] < SPEECH_EDGES[0]
+    spread = float(np.ptp(np.percentile(opening, [2, 98])))
+    return {
+        "recording": subject.recording.path.stem,
+        "driven_by": driven_by,
+        "face_psnr_db": round(float(np.mean(face_db)), 2),
+        "mouth_psnr_db": round(float(np.mean(mouth_db)), 2),
+        "ssim": round(float(np.mean(similarity)), 4),
+        "landmark_px": round(float(np.linalg.norm((truth - drawn_at)[:, lips], axis=-1).mean()), 2),
+        "lip_r": round(correlations[LAGS.index(0)], 3),
+        "lip_lag_frames": LAGS[int(np.argmax(correlations))],
+        "silence_std_pct": round(100 * float(drawn_opening[silent].std()) / spread, 2) if silent.any() else None,
+        "frames": len(face_db),
+        "measured_by": "regression" if model is None else "mediapipe",
+    }
+
+
+def _displaced(subject: Subject, weights: Float32) -> Float32:
+    """The landmarks [T, L, 2] that weights give in the reference view, for the test frames."""
+    tracked, stop = subject.track, subject.test.start
+    every = slice(0, stop, max(stop // 1500, 1))
+    fitted = subject.weights("coefficients")[:stop][every]
+    model, _ = geometry.triangulate(tracked[every], fitted)
+    points = model[0] + np.einsum("tw,wlk->tlk", weights[subject.test.start :], model[1:])
+    view = geometry.reference_view(tracked.viewmats[:stop])
+    return geometry.project(points, view, tracked.K)[..., :2].astype(np.float32)
+
+
+def _correlation(recorded: npt.NDArray[np.float32], drawn: npt.NDArray[np.float32], lag: int) -> float:
+    """Of two series [T], ``drawn`` taken ``lag`` frames later."""
+    a = recorded[max(-lag, 0) : len(recorded) - max(lag, 0)]
+    b = drawn[max(lag, 0) : len(drawn) - max(-lag, 0)]
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the subcommand."""
+    parser = subparsers.add_parser("quality", help="compare an avatar with its recording", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("bundle", type=Path, metavar="avatars/ID")
+    parser.add_argument("video", type=Path, help="the recording that it was fitted to")
+    track.add_arguments(parser)
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    torch.set_num_threads(1)
+    try:
+        avatar = bundle.read(args.bundle.parent, args.bundle.name)
+        recording = Recording(args.video, args.audio, avatar.width)
+        model = track.landmarker_file(args.landmarker) if args.landmarker or args.track is None else None
+        tracked = track.find(recording, args.track, model)
+        subject = Subject(avatar, recording, tracked, stage_b.hear(recording.audio, len(tracked)))
+        if not subject.test:
+            raise RecordingError("The avatar was fitted to all frames of this recording: nothing is left to test with.")
+        rows = []
+        for driven_by in ("coefficients", "audio"):
+            with bars.shown(Console(), driven_by, len(subject.test)) as advance:
+                rows.append(measure(subject, driven_by, model, advance))
+    except (BundleError, UnknownAvatarError, RecordingError, TrackError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    _report.report("quality", rows, args.json)
+    return 0

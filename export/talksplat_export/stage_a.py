@@ -1,0 +1,274 @@
+"""Stage A: fit Gaussians and their motion bases to the frames, through the rasterizer's gradients.
+
+The target of a frame is the recorded frame times the region's mask, premultiplied, and the mask as alpha; so Gaussians
+learn nothing of the background and cover the plate wherever the mask is 1.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from talksplat.avatar import WEIGHTS
+from talksplat_export import splat_torch
+from talksplat_export.geometry import Region, project
+from talksplat_export.recording import Recording
+from talksplat_export.track import Track
+
+Float32 = npt.NDArray[np.float32]
+
+# Attribute group: planes, learning rate at rest, learning rate of the bases.
+GROUPS = {
+    "means": (slice(0, 3), 4e-5, 2e-5),
+    "quats": (slice(3, 7), 2e-3, 1e-3),
+    "scales": (slice(7, 10), 6e-3, 2e-3),
+    "opacities": (slice(10, 11), 2e-2, 4e-3),
+    "colors": (slice(11, 14), 3e-3, 1e-3),
+}
+FINAL_RATE = 0.08  # of the learning rates at the end
+BATCH = 4  # frames a step
+COARSE_SHARE = 0.25  # of the steps at half resolution
+SSIM_SHARE = 0.2  # of the colour loss
+ALPHA_WEIGHT = 0.5
+BASES_DECAY = 2e-4  # keeps bases that no frame asks for at zero
+CHECKPOINT_SECONDS = 60.0
+MARGIN = 8  # pixels around the region
+
+
+# --- the frames --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Crops:
+    """Frames cut to the region, on disk as bytes; every crop has the same size."""
+
+    frames: npt.NDArray[np.int64]  # [F] indices into the recording
+    pixels: npt.NDArray[np.uint8]  # [F, H, W, 3]
+    masks: npt.NDArray[np.uint8]  # [F, H, W]
+    corners: npt.NDArray[np.int64]  # [F, 2] row and column of the crop in its frame
+    emphasis: Float32  # [H, W] weight in the loss
+
+    def target(self, index: int, shrink: int) -> tuple[Tensor, Tensor]:
+        """Premultiplied colours [H, W, 3] and alpha [H, W, 1] in 0..1, reduced ``shrink`` times."""
+        mask = torch.from_numpy(self.masks[index].astype(np.float32) / 255)[..., None]
+        colors = torch.from_numpy(self.pixels[index].astype(np.float32) / 255) * mask
+        return _shrink(colors, shrink), _shrink(mask, shrink)
+
+    def camera(self, K: Float32, index: int, shrink: int) -> Tensor:  # noqa: N803
+        """[3, 3] of a crop, reduced ``shrink`` times."""
+        moved = K.copy()
+        moved[:2, 2] -= self.corners[index][::-1]
+        moved[:2] /= shrink
+        return torch.from_numpy(moved)
+
+
+def cut(
+    recording: Recording,
+    track: Track,
+    region: Region,
+    frames: Sequence[int],
+    folder: Path,
+    advance: Callable[[int], object],
+) -> Crops:
+    """Read ``frames`` (ascending) of the recording and keep what lies around the region, in ``folder``.
+
+    Args:
+        advance: called with the number of frames done.
+    """
+    rows, columns = np.nonzero(region.mask > 0)
+    size = recording.size
+    top, left = max(rows.min() - MARGIN, 0), max(columns.min() - MARGIN, 0)
+    height, width = (
+        min(-(-(last + MARGIN - first) // 16) * 16, size) for first, last in ((top, rows.max()), (left, columns.max()))
+    )
+    anchor = project(region.centre, region.viewmat, region.K)[1::-1]
+    corners = np.empty((len(frames), 2), np.int64)
+    for index, frame in enumerate(frames):
+        moved = project(region.centre, track.viewmats[frame], track.K)[1::-1]
+        corner = np.rint(np.array([top, left]) + moved - anchor).astype(np.int64)
+        corners[index] = corner.clip(0, [size - height, size - width])
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.lib.format.open_memmap(folder / "pixels.npy", "w+", np.uint8, (len(frames), height, width, 3))
+    masks = np.lib.format.open_memmap(folder / "masks.npy", "w+", np.uint8, (len(frames), height, width))
+    wanted = {frame: index for index, frame in enumerate(frames)}
+    for number, image in enumerate(recording.frames(0, frames[-1] + 1)):
+        if number not in wanted:
+            continue
+        index = wanted[number]
+        r, c = (
+            range(int(start), int(start) + length)
+            for start, length in zip(corners[index], (height, width), strict=True)
+        )
+        pixels[index] = image[r.start : r.stop, c.start : c.stop]
+        mask = region.seen(region.mask, track.viewmats[number], r, c)
+        masks[index] = np.rint(mask.clip(0, 1) * 255)
+        advance(index + 1)
+    pixels.flush()
+    masks.flush()
+    top, left = min(top, size - height), min(left, size - width)
+    emphasis = region.emphasis[top : top + height, left : left + width]
+    np.savez(folder / "crops.npz", frames=np.asarray(frames, np.int64), corners=corners, emphasis=emphasis)
+    return open_crops(folder)
+
+
+def open_crops(folder: Path) -> Crops:
+    """What `cut` left in ``folder``."""
+    with np.load(folder / "crops.npz") as small:
+        arrays = {name: small[name] for name in small.files}
+    return Crops(
+        pixels=np.load(folder / "pixels.npy", mmap_mode="r"),
+        masks=np.load(folder / "masks.npy", mmap_mode="r"),
+        **arrays,
+    )
+
+
+def _shrink(image: Tensor, factor: int) -> Tensor:  # [H, W, C]
+    if factor == 1:
+        return image
+    return F.avg_pool2d(image.permute(2, 0, 1), factor).permute(1, 2, 0)
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """Gaussians of N attributes at rest and their bases; a frame's attributes are linear in its weights."""
+
+    def __init__(self, canonical: Float32, motion: Float32) -> None:  # [14, N], [21, 3, N]
+        super().__init__()
+        self.count = canonical.shape[1]
+        self.rest = nn.ParameterDict()
+        self.bases = nn.ParameterDict()
+        for name, (planes, _, _) in GROUPS.items():
+            rest = torch.from_numpy(canonical[planes].reshape(-1).copy())
+            bases = torch.zeros(WEIGHTS, len(rest))
+            if name == "means":
+                bases[:] = torch.from_numpy(motion.reshape(WEIGHTS, -1))
+            self.rest[name], self.bases[name] = nn.Parameter(rest), nn.Parameter(bases)
+
+    def forward(self, weights: Tensor) -> tuple[Tensor, ...]:  # [F, 21]
+        """Means, quats, scales, opacities, colors of each frame, as the rasterizer takes them."""
+        planes = {
+            name: torch.addmm(self.rest[name], weights, self.bases[name]).view(len(weights), -1, self.count)
+            for name in GROUPS
+        }
+        return (
+            planes["means"].transpose(1, 2),
+            planes["quats"].transpose(1, 2),
+            planes["scales"].exp().transpose(1, 2),
+            planes["opacities"].sigmoid()[:, 0],
+            planes["colors"].transpose(1, 2),
+        )
+
+    @torch.no_grad()
+    def quantised(self) -> tuple[Float32, npt.NDArray[np.int8], Float32]:
+        """``canonical`` [14, N], ``bases`` int8 [14, 21, N] and ``basis_scales`` [14, 21] of a bundle."""
+        canonical = np.concatenate([self.rest[name].view(-1, self.count).numpy() for name in GROUPS])
+        full = np.concatenate([self.bases[name].view(WEIGHTS, -1, self.count).numpy() for name in GROUPS], axis=1)
+        full = full.transpose(1, 0, 2)  # [14, 21, N]
+        scales = np.abs(full).max(-1) / 127
+        bases = np.rint(full / np.maximum(scales, 1e-30)[..., None]).astype(np.int8)
+        return np.ascontiguousarray(canonical), np.ascontiguousarray(bases), scales.astype(np.float32)
+
+
+# --- the fit -----------------------------------------------------------------------------------------------------
+
+
+def sampling(track: Track) -> npt.NDArray[np.float64]:
+    """How likely each frame is drawn, [T]: more often with lips wide open or closed, or with shut eyes."""
+    opening = track.lip_opening
+    low, high = np.percentile(opening, [10, 90])
+    share = 1 + 1.5 * (opening > high) + 1.0 * (opening < low) + 2.0 * (track.blink > 0.1)
+    return np.asarray(share / share.sum(), np.float64)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `fit` reports after a step."""
+
+    step: int
+    loss: float
+
+
+def fit(
+    head: Head,
+    crops: Crops,
+    track: Track,
+    weights: Float32,  # [T, 21]
+    sampling: npt.NDArray[np.float64],  # [F] probability of each crop
+    steps: int,
+    seed: int,
+    checkpoint: Path,
+    advance: Callable[[Progress], object],
+) -> list[float]:
+    """Train ``head`` in place for ``steps``, from ``checkpoint`` where there is one; returns the loss of every step.
+
+    An interrupt (or any error) saves the state first; the steps of a run that was resumed are those of one that was
+    not.
+    """
+    groups = []
+    for name, (_, rest_rate, bases_rate) in GROUPS.items():
+        groups.append({"params": [head.rest[name]], "lr": rest_rate})
+        groups.append({"params": [head.bases[name]], "lr": bases_rate})
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15, fused=True)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    losses: list[float] = []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        losses = state["losses"]
+
+    def save() -> None:
+        partial = checkpoint.with_suffix(".partial")
+        state = {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+        torch.save(state, partial)
+        os.replace(partial, checkpoint)
+
+    emphasis = torch.from_numpy(crops.emphasis)[..., None]
+    emphasis = emphasis / emphasis.mean()
+    saved = time.monotonic()
+    try:
+        for step in range(len(losses), steps):
+            done = step / steps
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * FINAL_RATE**done
+            shrink = 2 if done < COARSE_SHARE else 1
+            picked = np.random.default_rng([seed, step]).choice(len(crops.frames), BATCH, p=sampling)
+            targets = [crops.target(index, shrink) for index in picked]
+            colors, alphas = (torch.stack(images) for images in zip(*targets, strict=True))
+            frames = crops.frames[picked]
+            drawn, covered = splat_torch.rasterization(
+                *head(torch.from_numpy(weights[frames])),
+                torch.from_numpy(track.viewmats[frames]),
+                torch.stack([crops.camera(track.K, index, shrink) for index in picked]),
+                colors.shape[2],
+                colors.shape[1],
+                threads=1,
+            )
+            heavy = _shrink(emphasis, shrink)
+            loss = (
+                (1 - SSIM_SHARE) * ((drawn - colors).abs() * heavy).mean()
+                + SSIM_SHARE * (1 - splat_torch.ssim(drawn, colors))
+                + ALPHA_WEIGHT * (covered - alphas).abs().mean()
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            advance(Progress(step + 1, losses[-1]))
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save()
+                saved = time.monotonic()
+    finally:
+        save()
+    return losses
