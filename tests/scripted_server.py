@@ -10,7 +10,7 @@ import json
 import struct
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -45,8 +45,7 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         self.clock = clock
         self.delay = delay
         self.script = script
-        self.requests: deque[Any] = deque(maxlen=100)  # ModelInfer, as they came
-        self.count = 0
+        self.count = 0  # of ModelInfer
         self._came: Counter[int] = Counter()  # by chunk
         self.open = self.most_open = 0  # at once
         self.cancelled = 0
@@ -79,7 +78,6 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             before = self._came[chunk]
             self._came[chunk] += 1
             self.count += 1
-            self.requests.append(request)
             self.open += 1
             self.most_open = max(self.most_open, self.open)
         try:

@@ -234,6 +234,7 @@ class _AsyncFeeder:
         in_flight: int,
     ) -> None:
         self._core, self._audio, self._send, self._in_flight = core, audio, send, in_flight
+        self._allowed = 1  # in flight: the first chunk goes alone, so that nothing delays it
         self._changed = asyncio.Event()
         self._calls: deque[tuple[int, AsyncCall]] = deque()
         self._ended = False
@@ -252,6 +253,7 @@ class _AsyncFeeder:
 
     def take(self) -> None:
         """The head is done with: another request may be sent."""
+        self._allowed = self._in_flight
         if self._calls:
             self._calls.popleft()
         self._changed.set()
@@ -292,7 +294,7 @@ class _AsyncFeeder:
     async def _send_ready(self) -> None:
         while (request := self._core.next_request()) is not None:
             first, message = request
-            await self._wait_for(lambda: len(self._calls) < self._in_flight or self.stopped)
+            await self._wait_for(lambda: len(self._calls) < self._allowed or self.stopped)
             if self.stopped:
                 return
             self._calls.append((first, self._send(message)))

@@ -283,6 +283,7 @@ class _Feeder:
         self, core: StreamCore, audio: Iterable[Pcm], send: Callable[[protocol.Request], Call], in_flight: int
     ) -> None:
         self._core, self._audio, self._send, self._in_flight = core, audio, send, in_flight
+        self._allowed = 1  # in flight: the first chunk goes alone, so that nothing delays it
         self._changed = threading.Condition()
         self._calls: deque[tuple[int, Call]] = deque()
         self._ended = False
@@ -304,6 +305,7 @@ class _Feeder:
     def take(self) -> None:
         """The head is done with: another request may be sent."""
         with self._changed:
+            self._allowed = self._in_flight
             if self._calls:
                 self._calls.popleft()
             self._changed.notify_all()
@@ -342,7 +344,7 @@ class _Feeder:
         while (request := self._core.next_request()) is not None:
             first, message = request
             with self._changed:
-                self._changed.wait_for(lambda: len(self._calls) < self._in_flight or self.stopped)
+                self._changed.wait_for(lambda: len(self._calls) < self._allowed or self.stopped)
                 if self.stopped:
                     return
                 self._calls.append((first, self._send(message)))
