@@ -8,7 +8,6 @@ it, which is 115 ms after the end of its own 40 ms.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -159,11 +158,6 @@ def load(weights: Path = WEIGHTS) -> AudioEncoder:
     encoder = AudioEncoder()
     encoder.load_state_dict(load_file(weights))
     return encoder.eval()
-
-
-def stamp() -> str:
-    """A string that changes with the weights and with this module, which makes the graph."""
-    return hashlib.sha256(WEIGHTS.read_bytes() + Path(__file__).read_bytes()).hexdigest()
 
 
 def export(repository: Path) -> None:

@@ -52,8 +52,3 @@ def export(repository: Path) -> None:
     _onnx.export(module, path, inputs, ["COEFFICIENTS"], dict.fromkeys([*inputs, "COEFFICIENTS"], free))
     for batch in (1, 5):
         _onnx.parity(module, path, example(batch), TOLERANCE)
-
-
-def stamp() -> str:
-    """A string that changes with everything the exported file depends on besides this module: nothing."""
-    return f"{FEATURES}-{HIDDEN}-{COEFFICIENTS}"

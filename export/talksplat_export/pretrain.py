@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,15 +201,14 @@ def validate(
 
 def posteriors(encoder: AudioEncoder, targets: Targets) -> alignment.Posteriors:
     """The phonemes' log-probabilities every 10 ms, from four passes over audio that starts 10 ms later each time."""
-    passes, half = LABEL_RATE // FPS, HOP // 2  # a label describes the middle of its 10 ms
 
     @torch.inference_mode()
     def compute(audio: synthesis.Audio) -> npt.NDArray[np.float32]:
         samples = torch.from_numpy(audio)
         middle = OFFSETS.index(0)
         logits = [
-            targets(encoder.encode(F.pad(samples, (0, SAMPLES_PER_FRAME))[n * HOP + half :])[None])[0][0, :, middle]
-            for n in range(passes)
+            targets(encoder.encode(F.pad(samples, (0, SAMPLES_PER_FRAME))[n * HOP :])[None])[0][0, :, middle]
+            for n in range(_LABELS_PER_FRAME)
         ]
         frames = len(audio) // SAMPLES_PER_FRAME + 1
         interleaved = torch.stack([one[:frames] for one in logits], dim=1).flatten(0, 1)
@@ -311,13 +311,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the corpus if need be, train, write the weights."""
+    """Make the corpus if need be, train, write the weights; the exit status."""
     torch.set_num_threads(args.threads)
     config = Config(minutes=args.minutes, steps=args.steps, real_repeats=3 if args.real else 0)
     plan = synthesis.voices(config.minutes, config.seed)
-    with Progress() as progress:
-        task = progress.add_task("synthetic speech", total=len(plan))
-        made = list(synthesis.corpus(plan, args.runs / "corpus", lambda _: progress.advance(task)))
+    try:
+        with Progress() as progress:
+            task = progress.add_task("synthetic speech", total=len(plan))
+            made = list(synthesis.corpus(plan, args.runs / "corpus", lambda _: progress.advance(task)))
+    except synthesis.SynthesisError as error:
+        print(f"talksplat-export pretrain: {error}", file=sys.stderr)
+        return 1
     train = [recording for voice, recording in zip(plan, made, strict=True) if not voice.held_out]
     held_out = {"synthetic": [recording for voice, recording in zip(plan, made, strict=True) if voice.held_out]}
     if args.real:

@@ -151,11 +151,3 @@ def test_exported_silence_is_finite_and_a_window_gives_the_same_bits_in_any_batc
     for batch in (1, 2, 3):
         (first,) = session.run(None, {"AUDIO": audio[-batch:]})
         np.testing.assert_array_equal(first, together[-batch:])
-
-
-def test_stamp_follows_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stamp = audio_encoder.stamp()
-    other = tmp_path / "other.safetensors"
-    other.write_bytes(audio_encoder.WEIGHTS.read_bytes() + b" ")
-    monkeypatch.setattr(audio_encoder, "WEIGHTS", other)
-    assert audio_encoder.stamp() != stamp
