@@ -13,7 +13,7 @@ from typing import Self, TypeAlias
 from . import _protocol as protocol
 from ._audio import Pcm, Samples, packets
 from ._clock import Clock
-from ._config import Limits, Retry, Timeout
+from ._config import DEFAULT_URL, Limits, Retry, Timeout
 from ._exceptions import TalksplatError
 from ._frame import AvatarInfo, Frame, Health, Preloaded, Utterance
 from ._state import Format, StreamState
@@ -28,7 +28,7 @@ class AsyncClient:
 
     def __init__(
         self,
-        url: str | Sequence[str] = "127.0.0.1:8001",
+        url: str | Sequence[str] = DEFAULT_URL,
         *,
         timeout: Timeout = Timeout(),  # noqa: B008 (frozen)
         limits: Limits = Limits(),  # noqa: B008

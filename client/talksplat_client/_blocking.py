@@ -13,7 +13,7 @@ from typing import Self
 from . import _protocol as protocol
 from ._audio import Pcm, Samples, packets
 from ._clock import Clock
-from ._config import Limits, Retry, Timeout
+from ._config import DEFAULT_URL, Limits, Retry, Timeout
 from ._exceptions import TalksplatError
 from ._frame import AvatarInfo, Frame, Health, Preloaded, Utterance
 from ._state import Format, StreamState
@@ -39,7 +39,7 @@ class Client:
 
     def __init__(
         self,
-        url: str | Sequence[str] = "127.0.0.1:8001",
+        url: str | Sequence[str] = DEFAULT_URL,
         *,
         timeout: Timeout = Timeout(),  # noqa: B008 (frozen)
         limits: Limits = Limits(),  # noqa: B008

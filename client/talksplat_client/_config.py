@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+DEFAULT_URL = "127.0.0.1:8001"  # Triton's gRPC port on this machine
+
 
 @dataclass(frozen=True)
 class Timeout:

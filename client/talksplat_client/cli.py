@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from ._audio import Samples, to_mono
 from ._blocking import Client, Stream
+from ._config import DEFAULT_URL
 from ._exceptions import InvalidAudioError, TalksplatError
 from ._media import Mp4Writer, Recording, microphone, read_audio
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 1 after an error, 2 for wrong usage, 130 when interrupted."""
     args = _parser().parse_args(argv)
     try:
-        with Client(args.url or "127.0.0.1:8001") as client:
+        with Client(args.url or DEFAULT_URL) as client:
             args.run(client, args)
     except BrokenPipeError:  # whoever read our output has enough; Python would complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         added.add_argument(
-            "--url", action="append", metavar="HOST:PORT", help="server, or several (default: 127.0.0.1:8001)"
+            "--url", action="append", metavar="HOST:PORT", help=f"server, or several (default: {DEFAULT_URL})"
         )
         return added
 
