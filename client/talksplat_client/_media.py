@@ -74,13 +74,13 @@ def microphone(
     """Packets from the default microphone, until the iterator is closed.
 
     Raises:
-        MediaError: there is no microphone, or it refuses the sample rate.
-        MissingExtraError: sounddevice or the PortAudio library is not installed.
+        MediaError: there is no microphone, it refuses the sample rate, or the PortAudio library is missing.
+        MissingExtraError: sounddevice is not installed.
     """
     try:
         sounddevice = _import("sounddevice", "the microphone")
     except OSError as error:
-        raise MissingExtraError("the microphone", "sounddevice with the library PortAudio (libportaudio2)") from error
+        raise MediaError("the microphone needs the library PortAudio (Debian, Ubuntu: libportaudio2)") from error
     packets: queue.SimpleQueue[Samples] = queue.SimpleQueue()
 
     def heard(block: Samples, count: int, time: object, status: object) -> None:

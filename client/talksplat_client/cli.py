@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -124,7 +125,7 @@ def _animate(client: Client, args: argparse.Namespace) -> None:
                 samples += sound[0].size
                 file.write_audio(sound.popleft())
             file.write(frame)
-            _progress(count, recording.seconds and recording.seconds * fps, began)
+            _progress(count, recording.seconds and math.ceil(recording.seconds * fps), began)
         for packet in sound:
             samples += packet.size
             file.write_audio(packet)

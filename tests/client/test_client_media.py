@@ -197,3 +197,15 @@ def test_no_microphone_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "sounddevice", ScriptedSoundCard(broken=True))
     with pytest.raises(MediaError, match="microphone can't be opened: Error querying device"):
         next(microphone())
+
+
+def test_a_missing_sound_library_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Finder:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "sounddevice":
+                raise OSError("PortAudio library not found")
+
+    monkeypatch.delitem(sys.modules, "sounddevice", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(MediaError, match="libportaudio2"):
+        next(microphone())
