@@ -153,11 +153,11 @@ def write(avatar: Avatar, root: Path) -> Path:
     for index, plate in enumerate(avatar.plates):
         _check_plate(index, plate, avatar.width, avatar.height)
     contents = {
-        _GAUSSIANS: safetensors.numpy.save(
+        _GAUSSIANS: _save(
             {"canonical": avatar.canonical, "bases": avatar.bases, "basis_scales": avatar.basis_scales}
         ),
-        _ADAPTER: safetensors.numpy.save({"adapter_in": avatar.adapter_in, "adapter_out": avatar.adapter_out}),
-        _PLATES: safetensors.numpy.save(
+        _ADAPTER: _save({"adapter_in": avatar.adapter_in, "adapter_out": avatar.adapter_out}),
+        _PLATES: _save(
             {
                 "offsets": np.cumsum([0, *map(len, avatar.plates)], dtype=np.int64),
                 "viewmats": avatar.viewmats,
@@ -205,6 +205,11 @@ def write(avatar: Avatar, root: Path) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return target
+
+
+def _save(tensors: Mapping[str, npt.NDArray[Any]]) -> bytes:
+    """As safetensors, which writes memory as it lies: arrays of another order have to be laid out first."""
+    return bytes(safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in tensors.items()}))
 
 
 def read(root: Path, avatar_id: str) -> Avatar:

@@ -13,8 +13,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,15 @@ from rich.console import Console
 from talksplat import avatar as bundle
 from talksplat import clock
 from talksplat.avatar import BLINK, WEIGHTS, Avatar
-from talksplat_export import audio_encoder, bars, geometry, plates, stage_a, stage_b, track
+from talksplat.bench._report import commit
+from talksplat_export import audio_encoder, bars, geometry, plates, report, stage_a, stage_b, track
 from talksplat_export.geometry import Float32
+from talksplat_export.quality import DRIVERS, Subject
 from talksplat_export.recording import Recording, RecordingError
-from talksplat_export.track import Track, TrackError
+from talksplat_export.track import Landmarker, Track, TrackError
 
 _HERE = Path(__file__).parent
+DEGRADED = 8  # versions of the audio, besides the recorded one, for stage B
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,6 @@ class Settings:
     train_seconds: float = 150.0  # the rest is for testing
     gaussians: int = 8000
     steps: int = 6000  # of stage A
-    degraded: int = 8  # versions of the audio for stage B
     plates: int = 200
     megabytes: float = 8.0  # of the bundle, at most
     seed: int = 0
@@ -97,7 +100,7 @@ def fit(
         K=tracked.K,
         width=recording.size,
         height=recording.size,
-        audio_encoder=audio_encoder.stamp(),
+        audio_encoder=sha256(audio_encoder.WEIGHTS),
         provenance={
             "about": about,
             "recording": recording.path.name,
@@ -106,17 +109,35 @@ def fit(
             "train_frames": training,
             "plate_frames": [loop.start, loop.stop],
             "settings": asdict(settings),
-            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+            "commit": commit(),
+            "versions": {name: version(name) for name in ("talksplat", "torch", "numpy", "mediapipe")},
             "coefficient_basis": basis.tolist(),
         },
     )
-    return bundle.write(avatar, out.parent)
+    folder = bundle.write(avatar, out.parent)
+    if training < len(tracked):
+        _report(recording, avatar, tracked, landmarker, steps)
+    return folder
+
+
+def _report(recording: Recording, avatar: Avatar, tracked: Track, model: Path | None, steps: _Steps) -> None:
+    """Look at the frames that were kept back; on pixels where a FaceLandmarker is at hand."""
+    subject = Subject(avatar, recording, tracked, stage_b.hear(recording.audio, len(tracked)))
+    losses = json.loads((steps.folder / "losses.json").read_text())
+    if model is None and "mediapipe" in tracked.source:
+        model = track.landmarker_file(None)
+    with (
+        Landmarker(model) if model is not None else nullcontext() as landmarker,
+        steps.progress("report", len(subject.test) * len(DRIVERS)) as advance,
+    ):
+        path = report.write(steps.folder, subject, losses, landmarker, advance)
+    steps.console.print(f"report: {path}")
 
 
 def _track(recording: Recording, source: Path | None, landmarker: Path | None, steps: _Steps) -> Track:
     path = steps.folder / "track.npz"
     model = None if source is not None else track.landmarker_file(landmarker)
-    key = steps.key(recording.sha256, recording.size, _sha256(source or model), _code("track", "recording"))
+    key = steps.key(recording.sha256, recording.size, sha256(source or model), _code("track", "recording"))
     if not steps.is_done("track", key, path):
         with steps.progress("track", recording.length) as advance:
             track.find(recording, source, model, advance).save(path)
@@ -200,14 +221,14 @@ def _stage_b(audio: Float32, train: Track, weights: Float32, settings: Settings,
         steps.done["track"],
         hashlib.sha256(audio.tobytes()).hexdigest(),
         len(train),
-        audio_encoder.stamp(),
-        settings.degraded,
+        sha256(audio_encoder.WEIGHTS),
+        DEGRADED,
         settings.seed,
         code,
     )
     if not steps.is_done("stage-b", key, path):
-        with steps.progress("hear", settings.degraded + 1) as advance:
-            heard = stage_b.versions(audio, len(train), settings.degraded, settings.seed, advance)
+        with steps.progress("hear", DEGRADED + 1) as advance:
+            heard = stage_b.versions(audio, len(train), DEGRADED, settings.seed, advance)
         every = slice(0, len(train), max(len(train) // 1500, 1))
         landmarks, _ = geometry.triangulate(train[every], weights[every])
         with steps.progress("stage B", stage_b.STEPS) as advance:
@@ -250,7 +271,8 @@ def _write(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def _sha256(path: Path | None) -> str:
+def sha256(path: Path | None) -> str:
+    """Of a file, in hexadecimal; empty for none."""
     return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -292,7 +314,7 @@ def _run(args: argparse.Namespace) -> int:
         recording = Recording(args.video, args.audio, args.size)
         work = args.work or Path("runs") / args.out.name
         folder = fit(recording, args.out, args.track, args.landmarker, work, settings, args.about, console)
-    except (RecordingError, TrackError, plates.PlatesError) as error:
+    except (RecordingError, TrackError, plates.PlatesError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -131,7 +131,7 @@ class Region:
     def centre(self) -> Float64:
         """The point on the surface in the middle of the mask, [3] of the head frame."""
         middle = np.argwhere(self.mask > 0.5).mean(0)[::-1][None] + 0.5
-        return _lift(self, middle, 0.0)[0]
+        return np.asarray(_lift(self, middle, 0.0)[0])
 
     def seen(self, image: Float32, viewmat: Float32, rows: range, columns: range) -> Float32:
         """A smooth image [S, S] of the reference view as another pose sees it, in some of a frame's rows and columns.

@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,7 @@ from talksplat_export.stage_b import Adapter, Heard
 from talksplat_export.track import LAYOUTS, Landmarker, Track, TrackError, lip_opening
 
 MOUTH_MARGIN = 4  # pixels
+DRIVERS = ("coefficients", "audio")
 LAGS = range(-5, 6)
 SHARPEST = 60.0  # dB at which a frame counts as equal
 
@@ -97,13 +99,13 @@ def psnr(recorded: Image, drawn: Image) -> float:
 def measure(
     subject: Subject,
     driven_by: str,
-    model: Path | None,
+    landmarker: Landmarker | None,
     advance: Callable[[int], object] = lambda done: None,
 ) -> _report.Row:
     """One row of figures over the test frames; see the module.
 
     Args:
-        model: FaceLandmarker's, to measure landmarks on pixels.
+        landmarker: measures landmarks on pixels.
         advance: called with the number of frames done.
     """
     weights = subject.weights(driven_by)
@@ -111,28 +113,25 @@ def measure(
     face = subject.box((*layout.brows, *layout.jaw, *layout.mouth))
     mouth = subject.box(layout.mouth, MOUTH_MARGIN)
     face_db, mouth_db, similarity, found = [], [], [], []
-    landmarker = Landmarker(model) if model is not None else None
     for recorded, drawn in subject.draw(weights, test):
         face_db.append(psnr(recorded[face], drawn[face]))
         mouth_db.append(psnr(recorded[mouth], drawn[mouth]))
-        similarity.append(
-            splat.ssim(*(image[face].astype(np.float32) for image in (recorded, drawn)), 255.0, threads=1)
-        )
+        similarity.append(splat.ssim(_floats(recorded[face]), _floats(drawn[face]), threads=1))
         if landmarker is not None:
-            found.append([landmarker(image) for image in (recorded, drawn)])
+            found.append((landmarker(recorded), landmarker(drawn)))
         advance(len(face_db))
-    if landmarker is not None:
-        landmarker.close()
-        usable = np.array([all(pair) for pair in found])
-        truth, drawn_at = (np.stack([pair[side][0] for pair in found if all(pair)]) for side in (0, 1))
-    else:
-        usable = np.ones(len(test), bool)
+    if landmarker is None:
+        seen = np.ones(len(test), bool)
         truth = subject.track.landmarks[test.start : test.stop]
         drawn_at = truth + _displaced(subject, weights) - _displaced(subject, subject.weights("coefficients"))
+    else:
+        seen = np.array([recorded is not None and drawn is not None for recorded, drawn in found])
+        pairs = [(recorded[0], drawn[0]) for recorded, drawn in found if recorded is not None and drawn is not None]
+        truth, drawn_at = (np.stack(side) for side in zip(*pairs, strict=True))
     lips = list(LAYOUTS[truth.shape[1]].mouth)
     opening, drawn_opening = lip_opening(truth), lip_opening(drawn_at)
     correlations = [_correlation(opening, drawn_opening, lag) for lag in LAGS]
-    silent = subject.heard.speech[test.start : test.stop][usable] < SPEECH_EDGES[0]
+    silent = subject.heard.speech[test.start : test.stop][seen] < SPEECH_EDGES[0]
     spread = float(np.ptp(np.percentile(opening, [2, 98])))
     return {
         "recording": subject.recording.path.stem,
@@ -145,8 +144,18 @@ def measure(
         "lip_lag_frames": LAGS[int(np.argmax(correlations))],
         "silence_std_pct": round(100 * float(drawn_opening[silent].std()) / spread, 2) if silent.any() else None,
         "frames": len(face_db),
-        "measured_by": "regression" if model is None else "mediapipe",
+        "measured_by": "regression" if landmarker is None else "mediapipe",
     }
+
+
+def _floats(image: Image) -> Float32:
+    """0..1."""
+    return image.astype(np.float32) / np.float32(255)
+
+
+def lip_openings(subject: Subject, driven_by: str) -> Float32:
+    """Of the test frames, [T] pixels: the regression's, which needs no tracker."""
+    return lip_opening(_displaced(subject, subject.weights(driven_by)))
 
 
 def _displaced(subject: Subject, weights: Float32) -> Float32:
@@ -189,9 +198,10 @@ def _run(args: argparse.Namespace) -> int:
         if not subject.test:
             raise RecordingError("The avatar was fitted to all frames of this recording: nothing is left to test with.")
         rows = []
-        for driven_by in ("coefficients", "audio"):
-            with bars.shown(Console(), driven_by, len(subject.test)) as advance:
-                rows.append(measure(subject, driven_by, model, advance))
+        with Landmarker(model) if model is not None else nullcontext() as landmarker:
+            for driven_by in DRIVERS:
+                with bars.shown(Console(), driven_by, len(subject.test)) as advance:
+                    rows.append(measure(subject, driven_by, landmarker, advance))
     except (BundleError, UnknownAvatarError, RecordingError, TrackError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

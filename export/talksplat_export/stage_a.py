@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from talksplat.avatar import WEIGHTS
@@ -97,8 +99,8 @@ def cut(
         corner = np.rint(np.array([top, left]) + moved - anchor).astype(np.int64)
         corners[index] = corner.clip(0, [size - height, size - width])
     folder.mkdir(parents=True, exist_ok=True)
-    pixels = np.lib.format.open_memmap(folder / "pixels.npy", "w+", np.uint8, (len(frames), height, width, 3))
-    masks = np.lib.format.open_memmap(folder / "masks.npy", "w+", np.uint8, (len(frames), height, width))
+    pixels = _new(folder / "pixels.npy", (len(frames), height, width, 3))
+    masks = _new(folder / "masks.npy", (len(frames), height, width))
     wanted = {frame: index for index, frame in enumerate(frames)}
     for number, image in enumerate(recording.frames(0, frames[-1] + 1)):
         if number not in wanted:
@@ -131,6 +133,12 @@ def open_crops(folder: Path) -> Crops:
     )
 
 
+def _new(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.uint8]]:
+    """An array of bytes on disk, to be filled."""
+    array: np.memmap[Any, np.dtype[np.uint8]] = open_memmap(path, "w+", np.uint8, shape)  # type: ignore[no-untyped-call]
+    return array
+
+
 def _shrink(image: Tensor, factor: int) -> Tensor:  # [H, W, C]
     if factor == 1:
         return image
@@ -155,7 +163,7 @@ class Head(nn.Module):
                 bases[:] = torch.from_numpy(motion.reshape(WEIGHTS, -1))
             self.rest[name], self.bases[name] = nn.Parameter(rest), nn.Parameter(bases)
 
-    def forward(self, weights: Tensor) -> tuple[Tensor, ...]:  # [F, 21]
+    def forward(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [F, 21]
         """Means, quats, scales, opacities, colors of each frame, as the rasterizer takes them."""
         planes = {
             name: torch.addmm(self.rest[name], weights, self.bases[name]).view(len(weights), -1, self.count)
@@ -175,7 +183,7 @@ class Head(nn.Module):
         canonical = np.concatenate([self.rest[name].view(-1, self.count).numpy() for name in GROUPS])
         full = np.concatenate([self.bases[name].view(WEIGHTS, -1, self.count).numpy() for name in GROUPS], axis=1)
         full = full.transpose(1, 0, 2)  # [14, 21, N]
-        scales = np.abs(full).max(-1) / 127
+        scales = np.ascontiguousarray(np.abs(full).max(-1) / 127)
         bases = np.rint(full / np.maximum(scales, 1e-30)[..., None]).astype(np.int8)
         return np.ascontiguousarray(canonical), np.ascontiguousarray(bases), scales.astype(np.float32)
 
@@ -262,7 +270,7 @@ def fit(
                 + ALPHA_WEIGHT * (covered - alphas).abs().mean()
             )
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             losses.append(loss.item())
             advance(Progress(step + 1, losses[-1]))

@@ -129,7 +129,8 @@ def fit(
         hidden = torch.tanh(inputs @ first[:-1] + first[-1])
         served = (hidden @ second[:-1] + second[-1]) * gating[..., None]
         squared = (((served - goal[index]) @ factor) ** 2).sum(-1)
-        return (squared * importance[index]).mean()
+        weighted: Tensor = squared * importance[index]
+        return weighted.mean()
 
     optimizer = torch.optim.AdamW([first, second], LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -142,7 +143,7 @@ def fit(
         keep = torch.rand(BATCH, FEATURES, generator=generator) >= DROPOUT
         loss = error(features[version, index] * keep / (1 - DROPOUT), gates[version, index], index)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if step % VALIDATE_EVERY == VALIDATE_EVERY - 1:

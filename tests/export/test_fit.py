@@ -1,0 +1,237 @@
+"""Fitting an avatar, from end to end, to a small drawn head."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import talking_head
+from safetensors.torch import save_file
+
+from talksplat import avatar as bundle
+from talksplat_export import audio_encoder, fit, plates, quality, stage_a, stage_b, track
+from talksplat_export.recording import Recording
+
+TRAIN_SECONDS, FRAMES = 3.0, 100
+
+
+@pytest.fixture(scope="session")
+def head(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return talking_head.make(tmp_path_factory.mktemp("head"), seconds=FRAMES / 25)
+
+
+def run(module: Any, name: str, *arguments: object) -> int:
+    """Run a subcommand; its exit status."""
+    parser = ArgumentParser()
+    module.add_parser(parser.add_subparsers())
+    args = parser.parse_args([name, *map(str, arguments)])
+    return int(args.run(args))
+
+
+def fit_head(head: dict[str, Path], folder: Path, *more: object) -> int:
+    return run(
+        fit,
+        "fit",
+        head["video"],
+        *("--audio", head["audio"], "--track", head["track"]),
+        *("--out", folder / "avatars" / "head", "--work", folder / "work"),
+        *("--train-seconds", TRAIN_SECONDS, "--gaussians", 400, "--steps", 40, "--plates", 10),
+        *more,
+    )
+
+
+@pytest.fixture(scope="session")
+def fitted(head: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished fit; its parts may be read, not changed."""
+    folder = tmp_path_factory.mktemp("fitted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_b, "STEPS", 100)
+        patch.setattr(fit, "DEGRADED", 1)
+        assert fit_head(head, folder) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished fit that may be changed."""
+    monkeypatch.setattr(stage_b, "STEPS", 100)
+    monkeypatch.setattr(fit, "DEGRADED", 1)
+    shutil.copytree(fitted, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_recording_becomes_a_bundle_that_can_be_read(fitted: Path) -> None:
+    avatar = bundle.read(fitted / "avatars", "head")
+    assert (avatar.width, avatar.height, len(avatar.plates)) == (96, 96, 10)
+    assert avatar.provenance["train_frames"] == round(TRAIN_SECONDS * 25)
+    assert avatar.audio_encoder == fit.sha256(audio_encoder.WEIGHTS)
+    assert np.abs(avatar.bases).max() == 127
+
+
+def test_the_loss_falls(fitted: Path) -> None:
+    losses = json.loads((fitted / "work" / "losses.json").read_text())
+    assert len(losses) == 40
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+
+
+def test_the_report_shows_frames_that_were_kept_back(fitted: Path) -> None:
+    text = (fitted / "work" / "report.md").read_text()
+    assert "| head | coefficients |" in text
+    assert "| head | audio |" in text
+    for picture in ("frames.jpg", "loss.png", "lips.png"):
+        assert (fitted / "work" / picture).stat().st_size > 1000
+
+
+def test_quality_is_better_than_that_of_an_avatar_that_does_not_move(
+    head: dict[str, Path], copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (head["video"], "--audio", head["audio"], "--track", head["track"], "--json")
+    assert run(quality, "quality", copy / "avatars" / "head", *arguments, copy / "q.json") == 0
+    rows = json.loads((copy / "q.json").read_text())["rows"]
+    assert [row["driven_by"] for row in rows] == ["coefficients", "audio"]
+    assert rows[0]["frames"] == FRAMES - round(TRAIN_SECONDS * 25)
+    assert rows[0]["lip_r"] > 0.99
+    assert rows[0]["measured_by"] == "regression"
+
+    avatar = bundle.read(copy / "avatars", "head")
+    still = bundle.Avatar(**{**vars(avatar), "bases": np.zeros_like(avatar.bases)})
+    bundle.write(still, copy / "avatars")
+    run(quality, "quality", copy / "avatars" / "head", *arguments, copy / "still.json")
+    worse = json.loads((copy / "still.json").read_text())["rows"]
+    assert worse[0]["mouth_psnr_db"] < rows[0]["mouth_psnr_db"] - 1
+
+
+def test_a_fit_that_is_done_is_not_done_again(
+    head: dict[str, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (stage_a, stage_b):
+        monkeypatch.setattr(module, "fit", lambda *_: pytest.fail("done again"))
+    assert fit_head(head, copy) == 0
+
+
+def test_new_encoder_weights_repeat_stage_b_alone(
+    head: dict[str, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = bundle.read(copy / "avatars", "head")
+    weights = copy / "other.safetensors"
+    encoder = audio_encoder.load()
+    state = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    state["project.weight"] *= -1
+    save_file(state, weights)
+    monkeypatch.setattr(audio_encoder, "WEIGHTS", weights)
+    monkeypatch.setattr(stage_a, "fit", lambda *_: pytest.fail("stage A was repeated"))
+    assert fit_head(head, copy) == 0
+    after = bundle.read(copy / "avatars", "head")
+    assert after.audio_encoder == fit.sha256(weights)
+    assert not np.array_equal(after.adapter_in, before.adapter_in)
+    assert np.array_equal(after.bases, before.bases)
+
+
+def test_an_interrupt_leaves_no_bundle_and_the_same_command_goes_on(
+    head: dict[str, Path], tmp_path: Path, fitted: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(stage_b, "STEPS", 100)
+    monkeypatch.setattr(fit, "DEGRADED", 1)
+    whole, calls = stage_a.splat_torch.rasterization, 0
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 15:
+            raise KeyboardInterrupt
+        return whole(*args, **options)
+
+    monkeypatch.setattr(stage_a.splat_torch, "rasterization", interrupted)
+    assert fit_head(head, tmp_path) == 130
+    assert "same command" in capsys.readouterr().err
+    assert not (tmp_path / "avatars").exists()
+    assert fit_head(head, tmp_path) == 0
+    assert calls == 14 + 1 + 40 - 14  # the steps before the interrupt were not repeated
+    resumed, straight = (bundle.read(folder / "avatars", "head") for folder in (tmp_path, fitted))
+    np.testing.assert_array_equal(resumed.canonical, straight.canonical)
+    np.testing.assert_array_equal(resumed.bases, straight.bases)
+
+
+def test_a_full_disk_leaves_no_bundle(head: dict[str, Path], copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = bundle.read(copy / "avatars", "head")
+    monkeypatch.setattr(fit.bundle, "write", full)
+    assert fit_head(head, copy, "--plates", 5) == 1
+    assert len(bundle.read(copy / "avatars", "head").plates) == len(before.plates)
+
+
+def test_a_bundle_that_can_not_be_small_enough_is_refused(
+    head: dict[str, Path], copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit_head(head, copy, "--megabytes", 0.38) == 1
+    assert "do not fit into" in capsys.readouterr().err
+
+
+def test_an_id_that_is_none_is_refused_before_work(
+    head: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (head["video"], "--track", head["track"], "--audio", head["audio"], "--out", tmp_path / "No Id")
+    assert run(fit, "fit", *arguments) == 1
+    assert "avatar id" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_pose_deg": np.zeros((FRAMES, 2), np.float32)}, r"head_pose_deg of .* expected \[100, 3\]"),
+        ({"eye_blink": np.zeros(7, np.float32)}, r"eye_blink of .* is \[7\], expected \[100\]"),
+        ({"blendshapes": np.zeros((50, 2), np.float32)}, r"expected \[50"),
+        ({"landmarks68_px": None}, "landmarks68_px"),
+        ({"blendshapes": np.full((FRAMES, 2), np.nan, np.float32)}, "NaN"),
+    ],
+)
+def test_ground_truth_that_does_not_fit_is_refused(
+    head: dict[str, Path],
+    tmp_path: Path,
+    change: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arrays = {**np.load(head["track"]), **change}
+    path = tmp_path / "track.npz"
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    assert fit_head({**head, "track": path}, tmp_path) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert re.search(message, error)
+    assert not (tmp_path / "avatars").exists()
+
+
+def test_a_missing_landmarker_is_one_clear_sentence(
+    head: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (head["video"], "--audio", head["audio"], "--out", tmp_path / "head", "--work", tmp_path / "work")
+    assert run(fit, "fit", *arguments, "--landmarker", tmp_path / "none.task") == 1
+    assert "There is no FaceLandmarker model at" in capsys.readouterr().err
+
+
+def test_a_landmarker_that_can_not_be_downloaded_says_where_to_get_it(
+    head: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("talksplat_export.track.LANDMARKER_URL", "http://127.0.0.1:9/face_landmarker.task")
+    arguments = (head["video"], "--audio", head["audio"], "--out", tmp_path / "head", "--work", tmp_path / "work")
+    assert run(fit, "fit", *arguments) == 1
+    assert "--landmarker" in capsys.readouterr().err
+
+
+def test_calm_frames_become_the_plates(head: dict[str, Path]) -> None:
+    tracked = track.from_ground_truth(head["track"], Recording(head["video"]))
+    chosen = plates.choose(tracked, 10)
+    assert len(chosen) == 10
+    assert tracked.lip_opening[chosen.start : chosen.stop].max() < np.percentile(tracked.lip_opening, 60)
+    assert tracked.blink[chosen.start : chosen.stop].max() == 0
+    assert len(plates.choose(tracked, 10_000)) == len(tracked)
