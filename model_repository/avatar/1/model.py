@@ -40,12 +40,11 @@ class TritonPythonModel:
             return _error(error, pb_utils.TritonError.NOT_FOUND)
         except bundle.BundleError as error:
             return _error(error, pb_utils.TritonError.INTERNAL)
-        return pb_utils.InferenceResponse(
-            [
-                pb_utils.Tensor(name, np.stack(tensors))
-                for name, tensors in zip(("ADAPTER_IN", "ADAPTER_OUT"), zip(*heads, strict=True), strict=True)
-            ]
-        )
+        adapter_in, adapter_out = (np.stack(tensors) for tensors in zip(*heads, strict=True))
+        outputs = [pb_utils.Tensor("ADAPTER_IN", adapter_in), pb_utils.Tensor("ADAPTER_OUT", adapter_out)]
+        if (audio := pb_utils.get_input_tensor_by_name(request, "AUDIO")) is not None:
+            outputs.append(pb_utils.Tensor("WINDOW", audio.as_numpy()))
+        return pb_utils.InferenceResponse(outputs)
 
     def _head(self, avatar_id: str) -> tuple[bundle.Float32, bundle.Float32]:
         with self.heads.use(avatar_id) as head:
