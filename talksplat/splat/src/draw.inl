@@ -327,3 +327,38 @@ void draw(const Prepared& prepared, const Camera& camera, Mode mode, Scratch& sc
     write_tile(tile, camera, colors, alphas);
   }
 }
+
+// Still Gaussians are prepared once, moving ones for each frame. The bins that a moving one touches, now or in the
+// frame before, are drawn anew from both; everything else in colors and alphas stays.
+int64_t draw_dirty(const Prepared& still, const Prepared& moving, const Camera& camera, Mode mode, Scratch& scratch,
+                   uint8_t* touched, float* colors, float* alphas) {
+  const FlushDenormals flush;
+  const Splat *still_splats = still.splats.data<Splat>(), *moving_splats = moving.splats.data<Splat>();
+  const double *still_depths = still.depths.data<double>(), *moving_depths = moving.depths.data<double>();
+  const int64_t *still_start = still.bin_start.data<int64_t>(), *moving_start = moving.bin_start.data<int64_t>();
+  const uint32_t *still_list = still.bin_list.data<uint32_t>(), *moving_list = moving.bin_list.data<uint32_t>();
+  float* planes = scratch.tile.get<float>(4 * kPlane);
+  int64_t drawn = 0;
+  for (int b = 0; b < still.bins_x * still.bins_y; b++) {
+    const uint32_t *s = still_list + still_start[b], *s_end = still_list + still_start[b + 1];
+    const uint32_t *m = moving_list + moving_start[b], *m_end = moving_list + moving_start[b + 1];
+    const bool before = touched[b], now = m != m_end;
+    touched[b] = now;
+    if (!before && !now) continue;
+    drawn++;
+    const int64_t n = (s_end - s) + (m_end - m);
+    Splat* splats = scratch.gathered.get<Splat>(n);
+    for (int64_t i = 0; i < n; i++) {  // merge by depth; where equal, the still one first
+      const bool take_still = m == m_end || (s != s_end && still_depths[*s] <= moving_depths[*m]);
+      splats[i] = take_still ? still_splats[*s++] : moving_splats[*m++];
+    }
+    const Tile tile = tile_at(b, still.bins_x, camera, planes);
+    if (n == 0) {
+      write_background(tile, camera, colors, alphas);
+      continue;
+    }
+    draw_bin(splats, n, tile, camera, mode, scratch);
+    write_tile(tile, camera, colors, alphas);
+  }
+  return drawn;
+}

@@ -26,7 +26,6 @@ struct alignas(64) Splat {
   // The ellipse's extent within some rows: it reaches x +- (tilt * dy + sqrt(reach - squash * dy^2)), and its
   // outermost points lie at dy = +-tip.
   float tip, tilt, reach, squash;
-  float z;
   int32_t id;               // index in the input
   uint8_t first_x, last_x, first_y, last_y;  // the bins of its bounding box
 };
@@ -130,9 +129,10 @@ INLINE void for_each_bin(const Splat& s, int bins_x, Visit visit) {
   }
 }
 
-// Projects the chunk in `planes` and appends its visible Gaussians to `splats`; returns how many.
+// Projects the chunk in `planes` and appends its visible Gaussians to `splats`, their depths to `depths`; returns how
+// many. Depths are double: float would swap some neighbours.
 inline int64_t project_chunk(const float* planes, int64_t first_id, int count, const View& view, const Camera& camera,
-                             Mode mode, int bins_x, int bins_y, Splat* splats) {
+                             Mode mode, int bins_x, int bins_y, Splat* splats, double* depths) {
   const float width = float(camera.width), height = float(camera.height);
   const F zero = set(0), last_x = set(float(bins_x - 1)), last_y = set(float(bins_y - 1));
   const float max_L = mode == Mode::fast ? kLog2MaxAlpha : 1e30f;  // fast clamps here, once
@@ -163,50 +163,55 @@ inline int64_t project_chunk(const float* planes, int64_t first_id, int count, c
     if (count - i < kLanes) lanes &= (1u << (count - i)) - 1;
     if (!lanes) continue;
 
-    enum { X, Y, A, B, C, LogOpacity, Tip, Tilt, Reach, Squash, Z, X0, X1, Y0, Y1, Fields };
+    enum { X, Y, A, B, C, LogOpacity, Tip, Tilt, Reach, Squash, X0, X1, Y0, Y1, Fields };
     alignas(64) float f[Fields][kLanes];
     store(f[X], x), store(f[Y], y), store(f[A], a), store(f[B], b), store(f[C], c);
     store(f[LogOpacity], min(L, set(max_L)));
     store(f[Tip], p.c01 / p.c00 * half_w), store(f[Tilt], p.c01 / p.c11);
     // A little more than the ellipse, so that rounding loses no pixel: each is tested by its alpha again.
     store(f[Reach], limit * 1.01f / a), store(f[Squash], p.det / (p.c11 * p.c11));
-    store(f[Z], p.tz), store(f[X0], x0), store(f[X1], x1), store(f[Y0], y0), store(f[Y1], y1);
+    store(f[X0], x0), store(f[X1], x1), store(f[Y0], y0), store(f[Y1], y1);
+    const D z = to_double(load(at)) * double(view.r20) + to_double(load(at + kStride)) * double(view.r21) +
+                to_double(load(at + 2 * kStride)) * double(view.r22) + double(view.t2);
+    alignas(64) double depth[kLanes];
+    __builtin_memcpy(depth, &z, sizeof z);
     for (; lanes; lanes &= lanes - 1) {
       const int k = __builtin_ctz(lanes);
+      *depths++ = depth[k];
       *out++ = {f[X][k], f[Y][k], f[A][k], f[B][k], f[C][k], f[LogOpacity][k],
                 at[11 * kStride + k], at[12 * kStride + k], at[13 * kStride + k],
-                f[Tip][k], f[Tilt][k], f[Reach][k], f[Squash][k], f[Z][k], int32_t(first_id + i + k),
+                f[Tip][k], f[Tilt][k], f[Reach][k], f[Squash][k], int32_t(first_id + i + k),
                 uint8_t(f[X0][k]), uint8_t(f[X1][k]), uint8_t(f[Y0][k]), uint8_t(f[Y1][k])};
     }
   }
   return out - splats;
 }
 
-// The splats' indices, nearest first; equal depths keep their order. Radix sort on the bits of z, which order like the
-// positive floats themselves; a head spans little depth, so that after subtracting the least two passes often do.
-inline void sort_by_depth(const Splat* splats, int64_t n, Buffer& buffer, uint32_t* order) {
+// The indices of n depths, least first; equal ones keep their order. Radix sort on the 32 bits below the highest in which
+// they differ: positive floating-point numbers order like their bits.
+inline void sort_by_depth(const double* depths, int64_t n, Buffer& buffer, uint32_t* order) {
+  constexpr int kDigit = 11, kPasses = 3;
   uint64_t *keys = buffer.get<uint64_t>(2 * n), *other = keys + n;
-  uint32_t low = ~0u, high = 0;
+  uint64_t low = ~uint64_t(0), high = 0;
   for (int64_t i = 0; i < n; i++) {
-    uint32_t z;
-    __builtin_memcpy(&z, &splats[i].z, 4);
-    low = z < low ? z : low, high = z > high ? z : high;
-    keys[i] = uint64_t(z) << 32 | uint32_t(i);
+    __builtin_memcpy(&keys[i], &depths[i], 8);
+    low = keys[i] < low ? keys[i] : low, high = keys[i] > high ? keys[i] : high;
   }
-  const int significant = n ? 32 - __builtin_clz((high - low) | 1) : 0;
-  const int passes = (significant + 10) / 11, width = passes ? (significant + passes - 1) / passes : 0;
-  const uint32_t mask = (1u << width) - 1;
-  for (int pass = 0; pass < passes; pass++) {
-    const int shift = pass * width;
-    auto digit = [=](uint64_t key) { return ((uint32_t(key >> 32) - low) >> shift) & mask; };
-    uint32_t start[2048] = {};
-    for (int64_t i = 0; i < n; i++) start[digit(keys[i])]++;
+  const int significant = n ? 64 - __builtin_clzll((high - low) | 1) : 0, drop = significant > 32 ? significant - 32 : 0;
+  uint32_t start[kPasses][1 << kDigit] = {};
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t key = uint32_t((keys[i] - low) >> drop);
+    keys[i] = uint64_t(key) << 32 | uint64_t(i);
+    for (int pass = 0; pass < kPasses; pass++) start[pass][key >> pass * kDigit & ((1 << kDigit) - 1)]++;
+  }
+  for (int pass = 0; pass < kPasses; pass++) {
     uint32_t before = 0;
-    for (uint32_t d = 0; d <= mask; d++) {
-      const uint32_t here = start[d];
-      start[d] = before, before += here;
+    for (uint32_t& here : start[pass]) {
+      const uint32_t next = before + here;
+      here = before, before = next;
     }
-    for (int64_t i = 0; i < n; i++) other[start[digit(keys[i])]++] = keys[i];
+    const int shift = 32 + pass * kDigit;
+    for (int64_t i = 0; i < n; i++) other[start[pass][keys[i] >> shift & ((1 << kDigit) - 1)]++] = keys[i];
     uint64_t* swap = keys;
     keys = other, other = swap;
   }
@@ -236,6 +241,7 @@ void prepare_from(const Source& source, const Camera& camera, Mode mode, Scratch
   const View view(camera);
   out.bins_x = (camera.width + kBin - 1) / kBin, out.bins_y = (camera.height + kBin - 1) / kBin;
   Splat* splats = out.splats.get<Splat>(source.count());
+  double* depths = out.depths.get<double>(source.count());
   float* planes = scratch.planes.get<float>(kAttributes * kStride);
   int64_t n = 0;
   for (int64_t first = 0; first < source.count(); first += kChunk) {
@@ -243,11 +249,11 @@ void prepare_from(const Source& source, const Camera& camera, Mode mode, Scratch
     source.load(first, count, planes);
     for (int k = 0; k < kAttributes; k++)  // the last vector's spare lanes must not be slow to compute on
       for (int i = count; i < kChunk && i % kLanes; i++) planes[k * kStride + i] = 1.f;
-    n += project_chunk(planes, first, count, view, camera, mode, out.bins_x, out.bins_y, splats + n);
+    n += project_chunk(planes, first, count, view, camera, mode, out.bins_x, out.bins_y, splats + n, depths + n);
   }
   out.visible = n;
   uint32_t* order = out.order.get<uint32_t>(n);
-  sort_by_depth(splats, n, scratch.keys, order);
+  sort_by_depth(depths, n, scratch.keys, order);
 
   // Count, then fill in depth order: each bin's list is in depth order, too.
   const int bins = out.bins_x * out.bins_y;

@@ -143,6 +143,9 @@ INLINE bool any(M m) { return bits(m) != 0; }
 INLINE F clamp(F x, F low, F high) { return min(max(x, low), high); }
 INLINE F to_float(I x) { return __builtin_convertvector(x, F); }
 
+typedef double D __attribute__((vector_size(kLanes * 8)));  // two registers
+INLINE D to_double(F x) { return __builtin_convertvector(x, D); }
+
 // 0, 1, 2, ...
 INLINE I iota() {
   I x{};

@@ -61,7 +61,7 @@ enum class Mode { exact, fast };
 
 // The visible Gaussians of a frame, the depth order, and for each bin those that touch it, front to back.
 struct Prepared {
-  Buffer splats, order, bin_start, bin_list;
+  Buffer splats, depths, order, bin_start, bin_list;
   int64_t visible = 0;
   int bins_x = 0, bins_y = 0;
 };

@@ -1,0 +1,129 @@
+"""The rasterizer: milliseconds a frame, and PSNR against the float64 oracle.
+
+The scene is a synthetic head of which a covered pixel of 512 x 512 blends about 30 Gaussians. Times are the least of
+many repeats, calls interleaved: whatever else the machine does can only add to them. ``threads`` above 1 share out the
+frames of a batch; the time is then that of the batch divided by its frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from rich.progress import Progress
+
+from talksplat import splat
+from talksplat.bench import _head
+from talksplat.bench._report import Row, report
+from talksplat.splat import Gaussians, reference
+
+SCENES = ((5_000, 256), (5_000, 512), (20_000, 256), (20_000, 512), (50_000, 256), (50_000, 512))
+QUICK_SCENES = ((20_000, 512),)
+BACKWARD_SCENE = (10_000, 256)
+DIRTY_SCENE = (20_000, 512)
+DIRTY_FRAMES = 12
+MODES: tuple[splat.Mode, ...] = ("exact", "fast")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Register this benchmark's own options."""
+    parser.add_argument("--quick", action="store_true", help="one scene and few repeats: half a minute")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, and write where ``--json`` says."""
+    repeats = 8 if arguments.quick else 40
+    scenes = QUICK_SCENES if arguments.quick else SCENES
+    rows: list[Row] = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("splat", total=len(scenes) + 2)
+        for count, size in scenes:
+            rows += _still(count, size, repeats)
+            progress.advance(task)
+        rows += _still(*BACKWARD_SCENE, repeats, modes=("exact",))
+        progress.advance(task)
+        rows += _dirty(*DIRTY_SCENE, repeats)
+        progress.advance(task)
+    report("splat", rows, arguments.json)
+    return 0
+
+
+def _still(count: int, size: int, repeats: int, *, modes: tuple[splat.Mode, ...] = MODES) -> list[Row]:
+    gaussians, (view, intrinsics) = _head.head(count), _head.camera(size, size)
+    oracle, _ = reference.render(gaussians, view, intrinsics, size, size, _head.BACKGROUND)
+    gradient = np.random.default_rng(0).normal(size=(size, size, 3)).astype(np.float32)
+    rows: list[Row] = []
+    forward: list[Callable[[], object]] = []
+    backward: list[Callable[[], object]] = []
+    frames: list[int] = []
+    for isa, mode, threads in _variants(modes):
+        frames.append(2 * threads if threads > 1 else 1)
+        views = np.repeat(view[None], frames[-1], axis=0)
+        scene = (*gaussians, views, intrinsics, size, size)
+        draw = partial(splat.render, *scene, backgrounds=_head.BACKGROUND, mode=mode, isa=isa, threads=threads)
+        forward.append(draw)
+        if mode == "exact" and threads == 1:
+            tape = splat.render_with_tape(*scene, isa=isa, threads=1)[2]
+            backward.append(partial(tape.backward, gradient[None]))
+        else:
+            backward.append(_nothing)
+        psnr = reference.psnr(draw()[0][0], oracle)
+        rows.append(_row(count, size, mode, isa, threads, psnr))
+    forward_ms, backward_ms = _least_ms(forward, repeats), _least_ms(backward, repeats)
+    for i, row in enumerate(rows):
+        row["forward_ms"] = forward_ms[i] / frames[i]
+        if backward[i] is not _nothing:
+            row["backward_ms"] = backward_ms[i]
+    return rows
+
+
+def _variants(modes: tuple[splat.Mode, ...]) -> list[tuple[str, splat.Mode, int]]:
+    """Instruction set, mode, threads: all threads only with the fastest set."""
+    isas, cores = splat.isas(), len(os.sched_getaffinity(0))
+    single: list[tuple[str, splat.Mode, int]] = [(isa, mode, 1) for isa in isas for mode in modes]
+    return single + ([(isas[0], mode, cores) for mode in modes] if cores > 1 else [])
+
+
+def _dirty(count: int, size: int, repeats: int) -> list[Row]:
+    gaussians, (view, intrinsics) = _head.head(count), _head.camera(size, size)
+    moves = _head.mouth(gaussians)
+    still, moving = _head.take(gaussians, ~moves), _head.take(gaussians, moves)
+    frames = [_head.speak(moving, t) for t in range(DIRTY_FRAMES)]
+    everything = Gaussians(*(np.concatenate(pair) for pair in zip(still, frames[-1], strict=True)))
+    oracle, _ = reference.render(everything, view, intrinsics, size, size, _head.BACKGROUND)
+    rows: list[Row] = []
+    for mode in MODES:
+        renderer = splat.DirtyRenderer(still, view, intrinsics, size, size, background=_head.BACKGROUND, mode=mode)
+        renderer.draw(frames[0])  # the first frame draws everything
+        best = _least_ms([partial(renderer.draw, frame) for frame in frames], repeats)
+        row = _row(count, size, f"dirty {mode}", splat.isas()[0], 1, reference.psnr(renderer.colors, oracle))
+        row["forward_ms"] = float(np.mean(best))
+        rows.append(row)
+    return rows
+
+
+def _row(gaussians: int, size: int, mode: str, isa: str, threads: int, psnr_db: float) -> Row:
+    return {
+        "gaussians": gaussians, "size": size, "mode": mode, "isa": isa, "threads": threads,
+        "forward_ms": None, "backward_ms": None, "psnr_db": psnr_db,
+    }  # fmt: skip
+
+
+def _nothing() -> None:
+    pass
+
+
+def _least_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """The least time of each call, warmed up, one repeat of every call after the other."""
+    best = [float("inf")] * len(calls)
+    for repeat in range(repeats + 1):
+        for i, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            if repeat:
+                best[i] = min(best[i], 1e3 * (time.perf_counter() - start))
+    return best
