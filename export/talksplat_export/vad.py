@@ -90,7 +90,7 @@ class SileroVad(nn.Module):
         x = torch.sqrt(real * real + imaginary * imaginary)
         for layer in self.encoder:
             x = F.relu(layer(x))
-        gates = self.gates_in(x.squeeze(2)).unflatten(0, (-1, STEPS))  # [B, STEPS, 4 * _HIDDEN]
+        gates = self.gates_in(x.squeeze(2)).reshape(-1, STEPS, 4 * _HIDDEN)
         hidden = cell = torch.zeros_like(gates[:, 0, :_HIDDEN])
         outputs = []
         for step in range(STEPS):
@@ -99,7 +99,8 @@ class SileroVad(nn.Module):
             hidden = torch.sigmoid(outward) * torch.tanh(cell)
             outputs.append(hidden)
         probabilities = torch.sigmoid(self.output(F.relu(torch.stack(outputs, dim=1)))).squeeze(2)
-        frames = probabilities.index_select(1, self.overlapping).unflatten(1, (-1, 2)).amax(dim=2)
+        overlapping = probabilities.index_select(1, self.overlapping)
+        frames = torch.maximum(overlapping[:, 0::2], overlapping[:, 1::2])
         return F.conv1d(frames.unsqueeze(1), self.smoothing).squeeze(1)
 
 
