@@ -1,5 +1,6 @@
 """Drawing: parity with the float64 oracle, and what is promised of odd input."""
 
+import multiprocessing
 import threading
 from typing import Any
 
@@ -118,6 +119,18 @@ def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    g = head(100)
+    views = np.repeat(VIEW[None], 4, 0)
+    splat.render(*g, views, K, 48, 48, threads=3)  # now this process has a pool, which a child does not inherit
+    child = multiprocessing.get_context("fork").Process(
+        target=splat.render, args=(*g, views, K, 48, 48), kwargs={"threads": 3}
+    )
+    child.start()
+    child.join(20)
+    assert child.exitcode == 0
 
 
 def test_no_gaussians_leave_the_background(isa: str) -> None:
