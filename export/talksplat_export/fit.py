@@ -30,7 +30,7 @@ from talksplat.avatar import BLINK, WEIGHTS, Avatar
 from talksplat.bench._report import commit
 from talksplat_export import audio_encoder, bars, geometry, plates, report, stage_a, stage_b, track
 from talksplat_export.geometry import Float32
-from talksplat_export.quality import DRIVERS, Subject
+from talksplat_export.quality import Subject
 from talksplat_export.recording import Recording, RecordingError
 from talksplat_export.track import Landmarker, Track, TrackError
 
@@ -128,7 +128,7 @@ def _report(recording: Recording, avatar: Avatar, tracked: Track, model: Path | 
         model = track.landmarker_file(None)
     with (
         Landmarker(model) if model is not None else nullcontext() as landmarker,
-        steps.progress("report", len(subject.test) * len(DRIVERS)) as advance,
+        steps.progress("report", len(subject.test)) as advance,
     ):
         path = report.write(steps.folder, subject, losses, landmarker, advance)
     steps.console.print(f"report: {path}")

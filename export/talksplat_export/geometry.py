@@ -60,7 +60,7 @@ def frame_weights(track: Track, basis: Float32) -> Float32:  # [C, 20] -> [T, 21
 # --- cameras and landmarks ---------------------------------------------------------------------------------------
 
 
-def project(points: npt.NDArray[np.floating], viewmat: npt.NDArray[np.floating], K: Float32) -> Float64:  # noqa: N803
+def project(points: Float32 | Float64, viewmat: Float32, K: Float32) -> Float64:  # noqa: N803
     """Points [..., 3] of the head frame -> pixels and depth [..., 3]."""
     seen = points.astype(np.float64) @ viewmat[:3, :3].T + viewmat[:3, 3]
     pixels = seen[..., :2] / seen[..., 2:] * [K[0, 0], K[1, 1]] + [K[0, 2], K[1, 2]]
@@ -311,7 +311,7 @@ def seed(
         plane = np.zeros((ATTRIBUTES, len(pixels)))
         plane[0:3] = means.T
         plane[3] = 1
-        plane[7:10] = np.log(scales) + np.log([[1], [1], [0.3]])
+        plane[7:10] = np.log(scales) + np.log(np.array([[1], [1], [0.3]]))  # flat: the surface faces the camera
         plane[10] = np.log(opacity / (1 - opacity))
         plane[11:14] = np.stack(colors) / 255
         planes.append(plane)
@@ -330,7 +330,8 @@ def _look_up(image: Float32, pixels: Float64) -> Float64:  # [S, S], [N, 2] -> [
 
 def _lift(region: Region, pixels: Float64, behind: float) -> Float64:
     """Pixels [N, 2] of the reference view -> points [N, 3] of the head frame, ``behind`` the surface (metres)."""
-    return unproject(pixels, _look_up(region.depth, pixels) + behind, region.viewmat, region.K)
+    depths = _look_up(region.depth, pixels) + behind
+    return unproject(pixels, depths, region.viewmat, region.K)
 
 
 def _spread(density: Float32, count: int, rng: np.random.Generator) -> Float64:
@@ -345,7 +346,7 @@ def _spread(density: Float32, count: int, rng: np.random.Generator) -> Float64:
         mass = np.bincount(nearest, share, len(points))
         centre = np.stack([np.bincount(nearest, share * axis, len(points)) for axis in pixels.T], 1)
         points = np.where(mass[:, None] > 0, centre / np.maximum(mass, 1e-9)[:, None], points)
-    return points
+    return np.asarray(points)
 
 
 def _carry(pixels: Float64, rest: Float64, displacements: Float32, layout: Layout) -> Float64:

@@ -106,7 +106,7 @@ class Recording:
                 pieces += [piece.to_ndarray()[0] for piece in resampler.resample(None)]
         if not pieces:
             raise RecordingError(f"{path} holds no audio that can be decoded.")
-        return np.concatenate(pieces).astype(np.float32)
+        return np.asarray(np.concatenate(pieces), np.float32)
 
     @cached_property
     def sha256(self) -> str:
@@ -117,7 +117,7 @@ class Recording:
         return digest.hexdigest()
 
     def _square(self, frame: av.VideoFrame) -> Image:
-        image = frame.to_ndarray(format="rgb24")
+        image: Image = np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
         if frame.rotation:
             image = np.rot90(image, round(frame.rotation / 90) % 4)
         side = min(image.shape[:2])
@@ -125,7 +125,8 @@ class Recording:
         image = np.ascontiguousarray(image[top : top + side, left : left + side])
         if side != self.size:
             scaled = av.VideoFrame.from_ndarray(image, format="rgb24")
-            image = scaled.reformat(self.size, self.size, interpolation="AREA").to_ndarray(format="rgb24")
+            scaled = scaled.reformat(self.size, self.size, interpolation="AREA")
+            image = np.asarray(scaled.to_ndarray(format="rgb24"), np.uint8)
         return image
 
 

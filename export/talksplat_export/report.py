@@ -14,6 +14,7 @@ from talksplat.bench import _report
 from talksplat_export import quality
 from talksplat_export.geometry import Float32
 from talksplat_export.quality import DRIVERS, Subject
+from talksplat_export.recording import Image
 from talksplat_export.track import Landmarker
 
 PLOT_SECONDS = 12  # of lip opening shown
@@ -31,14 +32,11 @@ def write(
     Args:
         losses: of stage A's steps.
         landmarker: measures landmarks on pixels, see `quality`.
-        advance: called with how many of the test frames, counted once a driver, are done.
+        advance: called with how many of the test frames are done, once for each driver.
     """
     folder.mkdir(parents=True, exist_ok=True)
     frames = len(subject.test)
-    rows = []
-    for number, driven_by in enumerate(DRIVERS):
-        offset = number * frames
-        rows.append(quality.measure(subject, driven_by, landmarker, lambda done, o=offset: advance(o + done)))
+    rows = [quality.measure(subject, driven_by, landmarker, advance) for driven_by in DRIVERS]
     _side_by_side(folder / "frames.jpg", subject)
     _loss_curve(folder / "loss.png", losses)
     _lip_curve(folder / "lips.png", subject)
@@ -83,7 +81,7 @@ def _side_by_side(path: Path, subject: Subject) -> None:
     rows = []
     for index in sorted(picked):
         frame = test.start + index
-        row = []
+        row: list[Image] = []
         for driver in DRIVERS:
             recorded, image = next(subject.draw(drawn[driver], range(frame, frame + 1)))
             row += [image[face]] if row else [recorded[face], image[face]]

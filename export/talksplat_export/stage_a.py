@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from talksplat_export.recording import Recording
 from talksplat_export.track import Track
 
 Float32 = npt.NDArray[np.float32]
+Gaussians: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # means, quats, scales, opacities, colors
 
 # Attribute group: planes, learning rate at rest, learning rate of the bases.
 GROUPS = {
@@ -163,7 +164,7 @@ class Head(nn.Module):
                 bases[:] = torch.from_numpy(motion.reshape(WEIGHTS, -1))
             self.rest[name], self.bases[name] = nn.Parameter(rest), nn.Parameter(bases)
 
-    def forward(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # [F, 21]
+    def forward(self, weights: Tensor) -> Gaussians:  # [F, 21]
         """Means, quats, scales, opacities, colors of each frame, as the rasterizer takes them."""
         planes = {
             name: torch.addmm(self.rest[name], weights, self.bases[name]).view(len(weights), -1, self.count)
@@ -195,7 +196,7 @@ def sampling(track: Track) -> npt.NDArray[np.float64]:
     """How likely each frame is drawn, [T]: more often with lips wide open or closed, or with shut eyes."""
     opening = track.lip_opening
     low, high = np.percentile(opening, [10, 90])
-    share = 1 + 1.5 * (opening > high) + 1.0 * (opening < low) + 2.0 * (track.blink > 0.1)
+    share = 1 + 1.5 * (opening > high) + 1.0 * (opening < low) + 3.0 * (track.blink > 0.1)
     return np.asarray(share / share.sum(), np.float64)
 
 
@@ -255,8 +256,9 @@ def fit(
             targets = [crops.target(index, shrink) for index in picked]
             colors, alphas = (torch.stack(images) for images in zip(*targets, strict=True))
             frames = crops.frames[picked]
+            gaussians: Gaussians = head(torch.from_numpy(weights[frames]))
             drawn, covered = splat_torch.rasterization(
-                *head(torch.from_numpy(weights[frames])),
+                *gaussians,
                 torch.from_numpy(track.viewmats[frames]),
                 torch.stack([crops.camera(track.K, index, shrink) for index in picked]),
                 colors.shape[2],

@@ -154,7 +154,8 @@ class Track:
     def load(cls, path: Path) -> Track:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as data:
-            return cls(**{key: str(data[key]) if key == "source" else data[key] for key in data.files})
+            arrays = {field.name: data[field.name] for field in fields(cls)}
+        return cls(**{**arrays, "source": str(arrays["source"])})
 
 
 def lip_opening(landmarks: Float32) -> Float32:  # [T, L, 2] -> [T]
@@ -287,7 +288,7 @@ class Landmarker:
         import mediapipe as mp
         from mediapipe.tasks.python import BaseOptions, vision
 
-        self._image = lambda frame: mp.Image(image_format=mp.ImageFormat.SRGB, data=np.ascontiguousarray(frame))
+        self._mediapipe = mp
         options = vision.FaceLandmarkerOptions(
             base_options=BaseOptions(model_asset_path=str(model)),
             running_mode=vision.RunningMode.IMAGE,  # VIDEO mode smooths, which lags
@@ -302,7 +303,9 @@ class Landmarker:
 
     def __call__(self, frame: npt.NDArray[np.uint8]) -> tuple[Float32, dict[str, float], Float32] | None:
         """Landmarks [478, 2] in pixels, blendshapes by name, pose [4, 4] (centimetres); None without a face."""
-        found = self._landmarker.detect(self._image(frame))
+        mp = self._mediapipe
+        image = mp.Image(image_format=mp.ImageFormat.SRGB, data=np.ascontiguousarray(frame))
+        found = self._landmarker.detect(image)
         if not found.face_landmarks:
             return None
         height, width = frame.shape[:2]

@@ -38,9 +38,12 @@ LOWER_LIP = [55, 56, 57, 58, 59, 65, 66, 67]
 CHIN = [5, 6, 7, 8, 9, 10, 11]
 
 
-def make(folder: Path, seconds: float = 4.0, size: int = 96) -> dict[str, Path]:
-    """Write ``head.mp4``, ``head.wav`` and ``head.npz``; returns their paths as video, audio and track."""
-    frames = round(seconds * clock.FPS)
+def make(folder: Path, speech: Float32, frames: int, size: int = 96) -> dict[str, Path]:
+    """Write ``head.mp4``, ``head.wav`` and ``head.npz``; returns their paths as video, audio and track.
+
+    The mouth opens and shuts 2.5 times a second between two pauses, whatever the ``speech`` [samples] says.
+    """
+    seconds = frames / clock.FPS
     time = np.arange(frames) / clock.FPS
     talking = (time > 0.6) & (time < seconds - 0.4)
     jaw = np.where(talking, 0.5 - 0.5 * np.cos(2 * np.pi * 2.5 * (time - 0.6)), 0)
@@ -60,10 +63,7 @@ def make(folder: Path, seconds: float = 4.0, size: int = 96) -> dict[str, Path]:
 
     paths = {name: folder / f"head.{suffix}" for name, suffix in (("video", "mp4"), ("audio", "wav"), ("track", "npz"))}
     write_video(paths["video"], [_draw(points[i], blink[i], size) for i in range(frames)])
-    rng = np.random.default_rng(0)
-    samples = np.arange(frames * clock.SAMPLES_PER_FRAME) / clock.SAMPLE_RATE
-    voice = sum(np.sin(2 * np.pi * 120 * k * samples) / k for k in range(1, 20)) * np.interp(samples, time, jaw)
-    soundfile.write(paths["audio"], (0.1 * voice + 1e-4 * rng.standard_normal(len(samples))), clock.SAMPLE_RATE)
+    soundfile.write(paths["audio"], speech[: frames * clock.SAMPLES_PER_FRAME], clock.SAMPLE_RATE)
     np.savez(
         paths["track"],
         blendshapes=np.stack([jaw, 0.3 * jaw**2], 1).astype(np.float32),
