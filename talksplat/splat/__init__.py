@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from talksplat.splat import _core
 
 __all__ = [
+    "MAX_SIZE",
     "Blendshapes",
     "DirtyRenderer",
     "Gaussians",
@@ -52,10 +53,7 @@ Bytes: TypeAlias = NDArray[np.uint8]
 Mode: TypeAlias = Literal["exact", "fast"]
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
-ATTRIBUTES = 14  # means xyz, quats wxyz, log-scales, opacity logit, colors rgb
-MAX_SIZE = 8192  # pixels, of an image's height and width
-MAX_BASES = 256
-SSIM_WINDOW = 11  # pixels
+MAX_SIZE = _core.MAX_SIZE  # pixels, of an image's height and width
 
 
 class Gaussians(NamedTuple):
@@ -220,11 +218,11 @@ class Blendshapes:
     _core: _core.Shapes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        canonical = _array("canonical", self.canonical, np.float32, (ATTRIBUTES, "N"))
-        bases = _array("bases", self.bases, np.int8, (ATTRIBUTES, "K", canonical.shape[1]))
-        basis_scales = _array("basis_scales", self.basis_scales, np.float32, (ATTRIBUTES, bases.shape[1]))
-        if bases.shape[1] > MAX_BASES:
-            raise ValueError(f"`bases` holds {bases.shape[1]} bases; at most {MAX_BASES} are supported.")
+        canonical = _array("canonical", self.canonical, np.float32, (_core.ATTRIBUTES, "N"))
+        bases = _array("bases", self.bases, np.int8, (_core.ATTRIBUTES, "K", canonical.shape[1]))
+        basis_scales = _array("basis_scales", self.basis_scales, np.float32, (_core.ATTRIBUTES, bases.shape[1]))
+        if bases.shape[1] > _core.MAX_BASES:
+            raise ValueError(f"`bases` holds {bases.shape[1]} bases; at most {_core.MAX_BASES} are supported.")
         for name, array in (("canonical", canonical), ("bases", bases), ("basis_scales", basis_scales)):
             if not array.flags.c_contiguous:
                 raise ValueError(f"`{name}` must be C-contiguous: it is used where it lies and never copied.")
@@ -336,10 +334,10 @@ def _ssim(
 ) -> tuple[float, Floats]:
     a = _floats("a", a, ("H", "W", "C"), ("F", "H", "W", "C"))
     b = _floats("b", b, a.shape)
-    if min(a.shape[-3:-1]) < SSIM_WINDOW or a.size == 0:
+    side = _core.SSIM_WINDOW
+    if min(a.shape[-3:-1]) < side or a.size == 0:
         raise ValueError(
-            f"`a` has the shape {list(a.shape)}; SSIM needs at least one frame and one channel of {SSIM_WINDOW} x "
-            f"{SSIM_WINDOW} pixels."
+            f"`a` has the shape {list(a.shape)}; SSIM needs at least a frame and a channel of {side} x {side} pixels."
         )
     if not data_range > 0:
         raise ValueError(f"`data_range` must be positive, not {data_range}.")

@@ -10,6 +10,11 @@ from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float32]
 
+MAX_SIZE: int  # pixels, of an image's height and width
+ATTRIBUTES: int  # means xyz, quats wxyz, log-scales, opacity logit, colors rgb
+MAX_BASES: int
+SSIM_WINDOW: int  # pixels
+
 def isas() -> list[str]: ...
 def usable_cores() -> int: ...
 

@@ -133,6 +133,11 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     assert child.exitcode == 0
 
 
+def test_drawing_leaves_the_callers_floating_point_mode_alone(isa: str) -> None:
+    splat.render(*head(50), VIEW, K, 32, 32, isa=isa)
+    assert np.float32(1e-40) * np.float32(0.5) > 0  # flush-to-zero is set inside only
+
+
 def test_no_gaussians_leave_the_background(isa: str) -> None:
     nothing = Gaussians(*(a[:0] for a in head(10)))
     colors, alphas = splat.render(*nothing, VIEW, K, 50, 40, backgrounds=BACKGROUND, isa=isa)

@@ -1,4 +1,4 @@
-// Gradients of the exact mode, front to back once more.
+// GaussianBuffers of the exact mode, front to back once more.
 //
 // For the k-th Gaussian of a pixel, with g the gradient of its colour and h that of its alpha,
 //   dLoss/dalpha_k = T_k (color_k . g) - rest_k / (1 - alpha_k),
@@ -119,7 +119,9 @@ INLINE void project_backward(const View& v, float* planes) {
   const F jy = W10 * v.r10 + W11 * v.r11 + W12 * v.r12, jyz = W10 * v.r20 + W11 * v.r21 + W12 * v.r22;
 
   // To the centre in camera space. Where x/z was clamped it doesn't follow the centre.
-  auto follows = [](F ratio, Range limit) { return keep(both(ge(ratio, set(limit.low)), ge(set(limit.high), ratio)), set(1)); };
+  auto follows = [](F ratio, Range limit) {
+    return keep(both(ge(ratio, set(limit.low)), ge(set(limit.high), ratio)), set(1));
+  };
   const F free_x = follows(p.tx * p.iz, v.limit_x), free_y = follows(p.ty * p.iz, v.limit_y), iz2 = p.iz * p.iz;
   const F tx = v.fx * (du * p.iz - free_x * jxz * iz2), ty = v.fy * (dv * p.iz - free_y * jyz * iz2);
   const F tz = iz2 * (v.fx * ((1.f + free_x) * jxz * p.ux - du * p.tx - jx) +
@@ -144,7 +146,7 @@ INLINE void give(float* to, int count, Index index, const float* planes) {
 }
 
 void backward(const Gaussians& g, const Prepared& prepared, const Camera& camera, Scratch& scratch, const float* colors,
-              const float* alphas, const float* grad_colors, const float* grad_alphas, const Gradients& out) {
+              const float* alphas, const float* grad_colors, const float* grad_alphas, const GaussianBuffers& out) {
   const FlushDenormals flush;
   const Splat* splats = prepared.splats.data<Splat>();
   const int64_t* start = prepared.bin_start.data<int64_t>();

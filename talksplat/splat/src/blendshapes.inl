@@ -1,7 +1,5 @@
 // Avatars: planes of attributes = canonical + sum over k of weight[k] * scale[:, k] * bases[:, k, :], then activation.
 
-constexpr int kMaxBases = 256;
-
 // A source of Gaussians for prepare_from, blended a chunk at a time: nothing but the int8 tables is read from memory.
 struct Blended {
   const Blendshapes& shapes;
@@ -51,7 +49,7 @@ struct Blended {
   }
 };
 
-void blend(const Blendshapes& shapes, const float* weights, Scratch& scratch, const Gradients& out) {
+void blend(const Blendshapes& shapes, const float* weights, Scratch& scratch, const GaussianBuffers& out) {
   const FlushDenormals flush;
   const Blended source(shapes, weights);
   float* planes = scratch.planes.get<float>(kAttributes * kStride);

@@ -8,9 +8,9 @@ constexpr int kQuad = 4;
 constexpr int kVectors = kQuad * kQuad / kLanes;  // in a quad
 constexpr int kRows = kLanes / kQuad;             // of a quad in a vector
 constexpr int kBatch = 64;                        // a strip's Gaussians between two looks at which quads are opaque
-constexpr int kPlane = kBin * kBin + 16;            // not a power of two, because of cache sets
+constexpr int kPlane = kBin * kBin + 16;          // not a power of two, because of cache sets
 
-// A bin's pixels: planes of red, green, blue, alpha (and more for the backward pass), one row of the bin after the other.
+// A bin's pixels: planes of red, green, blue and alpha (or what the backward pass starts from), row by row.
 struct Tile {
   float* planes;
   int x, y, width, height;  // its place in the image; less than kBin wide or high at the right and lower edge
@@ -245,6 +245,7 @@ INLINE void walk_bin(const Splat* splats, int64_t n, const Tile& tile, Scratch& 
     lists.next = 0;
     for (bool more = true; more && lists.next < n;) {
       lists.next_batch(y0);
+      if (lists.touching == 0) break;
       more = false;
       for (int x = 0; x < tile.width; x += kQuad) {
         Kernel& kernel = kernels[x / kQuad];

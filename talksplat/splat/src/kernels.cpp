@@ -7,7 +7,7 @@ namespace talksplat::TALKSPLAT_ISA {
 namespace {
 
 // Denormals cost ~150 cycles each on x86 and carry nothing visible here.
-struct FlushDenormals {
+struct [[maybe_unused]] FlushDenormals {
 #if defined(__x86_64__)
   unsigned saved = _mm_getcsr();
   FlushDenormals() { _mm_setcsr(saved | 0x8040); }

@@ -115,11 +115,11 @@ class Tape {
     nb::gil_scoped_release release;
     parallel_for(frames_, threads_, [&](int f) {
       ScratchLease scratch;
-      const Gradients out{means.data() + 3 * n * f, quats.data() + 4 * n * f, scales.data() + 3 * n * f,
+      const GaussianBuffers out{means.data() + 3 * n * f, quats.data() + 4 * n * f, scales.data() + 3 * n * f,
                           opacities.data() + n * f, colors.data() + 3 * n * f};
-      kernels_.backward(scene_.gaussians(f), prepared_[f], scene_.camera(f), *scratch, colors_.data() + 3 * pixels() * f,
-                        alphas_.data() + pixels() * f, grad_colors.data() + 3 * pixels() * f,
-                        grad_alphas.data() + pixels() * f, out);
+      const size_t pixel = pixels() * f;
+      kernels_.backward(scene_.gaussians(f), prepared_[f], scene_.camera(f), *scratch, colors_.data() + 3 * pixel,
+                        alphas_.data() + pixel, grad_colors.data() + 3 * pixel, grad_alphas.data() + pixel, out);
     });
   }
 
@@ -241,6 +241,10 @@ std::vector<std::string> isas() {
 
 NB_MODULE(_core, m) {
   nb::set_leak_warnings(false);  // at exit, autograd graphs may still hold a tape
+  m.attr("MAX_SIZE") = kMaxSize;
+  m.attr("ATTRIBUTES") = kAttributes;
+  m.attr("MAX_BASES") = kMaxBases;
+  m.attr("SSIM_WINDOW") = kSsimWindow;
   m.def("isas", &isas);
   m.def("usable_cores", &usable_cores);
 
@@ -264,8 +268,9 @@ NB_MODULE(_core, m) {
       });
   m.def("blend", &blend);
   nb::class_<Job>(m, "Job")
-      .def("__init__", [](Job* self, const Shapes& shapes, decltype(Job::weights) weights, decltype(Job::viewmat) viewmat,
-                          decltype(Job::K) K, decltype(Job::plate) plate, decltype(Job::out) out) {
+      .def("__init__", [](Job* self, const Shapes& shapes, decltype(Job::weights) weights,
+                          decltype(Job::viewmat) viewmat, decltype(Job::K) K, decltype(Job::plate) plate,
+                          decltype(Job::out) out) {
         new (self) Job{shapes, weights, viewmat, K, plate, out};
       });
   m.def("render_onto", &render_onto);

@@ -187,8 +187,8 @@ inline int64_t project_chunk(const float* planes, int64_t first_id, int count, c
   return out - splats;
 }
 
-// The indices of n depths, least first; equal ones keep their order. Radix sort on the 32 bits below the highest in which
-// they differ: positive floating-point numbers order like their bits.
+// The indices of n depths, least first; equal ones keep their order. Radix sort on the 32 bits below the highest in
+// which they differ: positive floating-point numbers order like their bits.
 inline void sort_by_depth(const double* depths, int64_t n, Buffer& buffer, uint32_t* order) {
   constexpr int kDigit = 11, kPasses = 3;
   uint64_t *keys = buffer.get<uint64_t>(2 * n), *other = keys + n;
@@ -197,7 +197,8 @@ inline void sort_by_depth(const double* depths, int64_t n, Buffer& buffer, uint3
     __builtin_memcpy(&keys[i], &depths[i], 8);
     low = keys[i] < low ? keys[i] : low, high = keys[i] > high ? keys[i] : high;
   }
-  const int significant = n ? 64 - __builtin_clzll((high - low) | 1) : 0, drop = significant > 32 ? significant - 32 : 0;
+  const int significant = n ? 64 - __builtin_clzll((high - low) | 1) : 0;
+  const int drop = significant > 32 ? significant - 32 : 0;
   uint32_t start[kPasses][1 << kDigit] = {};
   for (int64_t i = 0; i < n; i++) {
     const uint32_t key = uint32_t((keys[i] - low) >> drop);
@@ -260,7 +261,8 @@ void prepare_from(const Source& source, const Camera& camera, Mode mode, Scratch
   int64_t* start = out.bin_start.get<int64_t>(bins + 1);
   int64_t* cursor = scratch.cursor.get<int64_t>(bins);
   for (int b = 0; b < bins; b++) cursor[b] = 0;
-  for (int64_t i = 0; i < n; i++) for_each_bin(splats[i], out.bins_x, [=](int b, int touches) { cursor[b] += touches; });
+  for (int64_t i = 0; i < n; i++)
+    for_each_bin(splats[i], out.bins_x, [=](int b, int touches) { cursor[b] += touches; });
   int64_t before = 0;
   for (int b = 0; b < bins; b++) {
     start[b] = before, before += cursor[b];

@@ -26,7 +26,6 @@ INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }  // b where either is NaN
 INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
 INLINE F sqrt(F a) { return _mm512_sqrt_ps(a); }
 INLINE F rough_sqrt(F a) { return a * _mm512_rsqrt14_ps(max(a, _mm512_set1_ps(1e-30f))); }  // to 1e-3 or better
-INLINE F floor(F a) { return _mm512_roundscale_ps(a, 9); }
 INLINE F reciprocal(F a) {  // 14 bits and one Newton step
   const F r = _mm512_rcp14_ps(a);
   return r * (2.f - a * r);
@@ -36,7 +35,6 @@ INLINE M ge(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 INLINE M gt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 INLINE M both(M a, M b) { return _kand_mask16(a, b); }
 INLINE int bits(M m) { return m; }
-INLINE F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
 INLINE F keep(M m, F a) { return _mm512_maskz_mov_ps(m, a); }  // zero elsewhere
 INLINE void compress(float* to, M m, F a) {  // the chosen lanes in a row; writes up to kLanes
   _mm512_storeu_ps(to, _mm512_maskz_compress_ps(m, a));
@@ -56,14 +54,12 @@ INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
 INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
 INLINE F sqrt(F a) { return _mm256_sqrt_ps(a); }
 INLINE F rough_sqrt(F a) { return a * _mm256_rsqrt_ps(max(a, _mm256_set1_ps(1e-30f))); }  // to 1e-3 or better
-INLINE F floor(F a) { return _mm256_floor_ps(a); }
 INLINE F reciprocal(F a) { return 1.f / a; }
 INLINE F minus_product(F x, F a, F b) { return _mm256_fnmadd_ps(a, b, x); }  // x - a b
 INLINE M ge(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
 INLINE M gt(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 INLINE M both(M a, M b) { return _mm256_and_ps(a, b); }
 INLINE int bits(M m) { return _mm256_movemask_ps(m); }
-INLINE F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
 INLINE F keep(M m, F a) { return _mm256_and_ps(m, a); }
 // For each of the 256 masks, the lanes that are set, lowest first.
 struct CompressTable {
@@ -96,10 +92,6 @@ INLINE F sqrt(F a) {
   return F{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])};
 }
 INLINE F rough_sqrt(F a) { return sqrt(a); }
-INLINE F floor(F a) {
-  const F n = __builtin_convertvector(__builtin_convertvector(a, I), F);  // toward zero
-  return n - __builtin_convertvector((n > a) & 1, F);
-}
 INLINE F reciprocal(F a) { return 1.f / a; }
 INLINE F minus_product(F x, F a, F b) { return x - a * b; }
 INLINE M ge(F a, F b) { return a >= b; }
@@ -112,7 +104,6 @@ INLINE int bits(M m) {
   return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
 #endif
 }
-INLINE F select(M m, F a, F b) { return m ? a : b; }
 INLINE F keep(M m, F a) { return (F)(m & (I)a); }
 INLINE void compress(float* to, M m, F a) {
   UNROLL for (int lane = 0; lane < kLanes; lane++) {

@@ -2,14 +2,12 @@
 // one fits into the image. Windows are separable, and channels lie next to each other, so a row of W pixels and C
 // channels is filtered as one row of W * C floats with taps C apart.
 
-constexpr int kWindow = 11;
-
 struct SsimWindow {
-  float w[kWindow];
+  float w[kSsimWindow];
   SsimWindow() {
     float total = 0;
-    for (int i = 0; i < kWindow; i++) {
-      const float d = float(i - kWindow / 2) / 1.5f;
+    for (int i = 0; i < kSsimWindow; i++) {
+      const float d = float(i - kSsimWindow / 2) / 1.5f;
       total += w[i] = __builtin_expf(-.5f * d * d);
     }
     for (float& x : w) x /= total;
@@ -20,7 +18,7 @@ struct SsimWindow {
 INLINE void filter_row(const float* w, const float* in, int64_t stride, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += kLanes) {
     F x = w[0] * load(in + i);
-    UNROLL for (int k = 1; k < kWindow; k++) x += w[k] * load(in + i + k * stride);
+    UNROLL for (int k = 1; k < kSsimWindow; k++) x += w[k] * load(in + i + k * stride);
     store(out + i, x);
   }
 }
@@ -30,15 +28,15 @@ double ssim(const float* a, const float* b, int height, int width, int channels,
   const FlushDenormals flush;
   const SsimWindow window;
   const float *w = window.w, c1 = .01f * .01f * data_range * data_range, c2 = .03f * .03f * data_range * data_range;
-  const int64_t row = int64_t(width) * channels, margin = int64_t(kWindow - 1) * channels, valid = row - margin;
-  const int rows = height - (kWindow - 1);
+  const int64_t row = int64_t(width) * channels, margin = int64_t(kSsimWindow - 1) * channels, valid = row - margin;
+  const int rows = height - (kSsimWindow - 1);
   const int64_t stride = (row + margin + 2 * kLanes) / kLanes * kLanes;  // of every buffer's row
   const float scale = 1.f / (float(rows) * float(valid));
 
-  // Filtered along the row, a ring of kWindow rows: means of a and b, of a^2 + b^2, of ab.
+  // Filtered along the row, a ring of kSsimWindow rows: means of a and b, of a^2 + b^2, of ab.
   enum { MeanA, MeanB, Squares, Product, Maps };
-  float* ring = scratch.ring.get<float>((kWindow * Maps + Maps) * stride);
-  float* line = ring + kWindow * Maps * stride;  // the row before it is filtered
+  float* ring = scratch.ring.get<float>((kSsimWindow * Maps + Maps) * stride);
+  float* line = ring + kSsimWindow * Maps * stride;  // the row before it is filtered
   // Gradients with respect to MeanA, Squares and Product, each row with a margin of zeros on its left and right.
   float* maps = grad ? scratch.maps.get<float>(3 * rows * stride) : nullptr;
 
@@ -50,18 +48,18 @@ double ssim(const float* a, const float* b, int height, int width, int channels,
       line[i] = p, line[stride + i] = q, line[2 * stride + i] = p * p + q * q, line[3 * stride + i] = p * q;
     }
     for (int m = 0; m < Maps; m++)
-      filter_row(w, line + m * stride, channels, valid, ring + (m * kWindow + y % kWindow) * stride);
-    const int top = y - (kWindow - 1);
+      filter_row(w, line + m * stride, channels, valid, ring + (m * kSsimWindow + y % kSsimWindow) * stride);
+    const int top = y - (kSsimWindow - 1);
     if (top < 0) continue;
 
-    const float* at[kWindow];  // the window's rows of MeanA; the other maps lie kWindow * stride further on
-    for (int k = 0; k < kWindow; k++) at[k] = ring + (top + k) % kWindow * stride;
+    const float* at[kSsimWindow];  // the window's rows of MeanA; the other maps lie kSsimWindow * stride further on
+    for (int k = 0; k < kSsimWindow; k++) at[k] = ring + (top + k) % kSsimWindow * stride;
     F row_total = set(0);
     for (int64_t i = 0; i < valid; i += kLanes) {
       F v[Maps];
       UNROLL for (int m = 0; m < Maps; m++) {
-        v[m] = w[0] * load(at[0] + m * kWindow * stride + i);
-        UNROLL for (int k = 1; k < kWindow; k++) v[m] += w[k] * load(at[k] + m * kWindow * stride + i);
+        v[m] = w[0] * load(at[0] + m * kSsimWindow * stride + i);
+        UNROLL for (int k = 1; k < kSsimWindow; k++) v[m] += w[k] * load(at[k] + m * kSsimWindow * stride + i);
       }
       const F ma = v[MeanA], mb = v[MeanB], mean_squares = ma * ma + mb * mb, mean_product = ma * mb;
       const F n1 = 2.f * mean_product + c1, n2 = 2.f * (v[Product] - mean_product) + c2;
@@ -86,7 +84,7 @@ double ssim(const float* a, const float* b, int height, int width, int channels,
 
   // The filters transposed: gather from every window that a pixel was part of.
   for (int y = 0; y < height; y++) {
-    const int first = y - (kWindow - 1) > 0 ? y - (kWindow - 1) : 0, last = y < rows - 1 ? y : rows - 1;
+    const int first = y - (kSsimWindow - 1) > 0 ? y - (kSsimWindow - 1) : 0, last = y < rows - 1 ? y : rows - 1;
     for (int m = 0; m < 3; m++) {
       const float* map = maps + m * rows * stride;
       for (int64_t i = 0; i < stride; i += kLanes) {

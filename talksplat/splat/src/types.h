@@ -7,9 +7,11 @@
 
 namespace talksplat {
 
-inline constexpr int kBin = 32;            // pixels a side; a bin is drawn as 8 x 8 quads of 4 x 4 pixels
+inline constexpr int kBin = 32;              // pixels a side; a bin is drawn as 8 x 8 quads of 4 x 4 pixels
 inline constexpr int kMaxSize = 256 * kBin;  // bin columns and rows are kept in 8 bits
-inline constexpr int kAttributes = 14;     // means xyz, quats wxyz, scales, opacity, colors rgb
+inline constexpr int kAttributes = 14;       // means xyz, quats wxyz, scales, opacity, colors rgb
+inline constexpr int kMaxBases = 256;        // of an avatar
+inline constexpr int kSsimWindow = 11;       // pixels
 
 // Memory that grows and is kept. What it held is lost when it grows.
 class Buffer {
@@ -38,7 +40,7 @@ struct Gaussians {
   const float *means, *quats, *scales, *opacities, *colors;  // [n, 3], [n, 4], [n, 3], [n], [n, 3]
 };
 
-struct Gradients {
+struct GaussianBuffers {  // to be written: gradients, or blended Gaussians
   float *means, *quats, *scales, *opacities, *colors;  // the same shapes
 };
 
@@ -78,9 +80,9 @@ struct Kernels {
   void (*prepare)(const Gaussians&, const Camera&, Mode, Scratch&, Prepared&);
   // Draw into colors [H, W, 3] and alphas [H, W].
   void (*draw)(const Prepared&, const Camera&, Mode, Scratch&, float* colors, float* alphas);
-  // Gradients for the exact drawing that gave colors and alphas; writes every element of `out`.
+  // GaussianBuffers for the exact drawing that gave colors and alphas; writes every element of `out`.
   void (*backward)(const Gaussians&, const Prepared&, const Camera&, Scratch&, const float* colors, const float* alphas,
-                   const float* grad_colors, const float* grad_alphas, const Gradients& out);
+                   const float* grad_colors, const float* grad_alphas, const GaussianBuffers& out);
   // Draw the bins that a moving Gaussian touches, or touched when `touched` was written; returns how many.
   int64_t (*draw_dirty)(const Prepared& still, const Prepared& moving, const Camera&, Mode, Scratch&, uint8_t* touched,
                         float* colors, float* alphas);
@@ -88,7 +90,7 @@ struct Kernels {
   void (*draw_onto)(const Blendshapes&, const float* weights, const Camera&, Mode, Scratch&, const uint8_t* plate,
                     uint8_t* out);
   // Blend and activate into the arrays of `out`.
-  void (*blend)(const Blendshapes&, const float* weights, Scratch&, const Gradients& out);
+  void (*blend)(const Blendshapes&, const float* weights, Scratch&, const GaussianBuffers& out);
   // The mean SSIM of two images [H, W, C]; with `grad`, also its gradient with respect to `a`.
   double (*ssim)(const float* a, const float* b, int height, int width, int channels, float data_range, Scratch&,
                  float* grad);
