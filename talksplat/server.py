@@ -11,6 +11,7 @@ Triton's readiness alone says little, since it stays true when a backend stub is
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import re
@@ -107,7 +108,7 @@ class Ports:
 
 
 class Server:
-    """One tritonserver process; a context manager.
+    """One tritonserver process; a context manager. It ends with the thread that started it.
 
     Args:
         repository: the model repository, with the exported models in it.
@@ -177,7 +178,7 @@ class Server:
         wheel = _Wheel.find()
         _require_models(self.repository)
         self.ports.check()
-        _remove_abandoned_regions()
+        _remove_abandoned()
         try:
             self._launch(wheel)
             self._wait_until_serving(time.monotonic() + self.start_timeout)
@@ -264,6 +265,7 @@ class Server:
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C reaches the launcher only, which stops it in order
+            preexec_fn=_end_with_launcher,
         )
         assert self._process.stdout is not None
         self._log = _Log(self._process.stdout, run_dir / "triton.log")
@@ -293,7 +295,7 @@ class Server:
             if time.monotonic() > deadline:
                 raise StartError(f"tritonserver was not ready after {self.start_timeout:g} s.{self._reasons()}")
             time.sleep(0.05)
-        self._stubs = [process for process in self._processes() if process.name().startswith(STUB[:15])]
+        self._stubs = [process for process in self._processes() if _is_stub(process.name())]
         try:
             self.canary(max(1.0, deadline - time.monotonic()))
         except NotServingError as error:
@@ -408,10 +410,10 @@ class _Log:
 
 
 _LEVELS = {"I": "INFO", "W": "WARNING", "E": "ERROR", "F": "FATAL"}
-_LINE = re.compile(r'([IWEF])\d{4} (\d\d:\d\d:\d\d\.\d{3})\d* \d+ ([\w.]+):\d+\] "?(.*?)"?$')
+_LINE = re.compile(r'([IWEF])\d{4} (\d\d:\d\d:\d\d\.\d{3})\d* \d+ [\w.]+:\d+\] "?(.*?)"?$')
 _NOISE = re.compile(  # tables of what the configs and the command line say, and the lack of a GPU
-    r"^[+|]|^I\d{4} .*\] ?$|CudaDriverHelper|pinned memory|NVML|DCGM|nvidia-ml|CUDA memory pool|CUDA driver|cudaSuccess|"
-    r"unable to create stream|GPU metrics|cnmem|Failed to initialize NVML"
+    r"^[+|]|^I\d{4} .*\] ?$|CudaDriverHelper|pinned memory|NVML|DCGM|nvidia-ml|CUDA memory pool|CUDA driver|"
+    r"cudaSuccess|unable to create stream|GPU metrics|cnmem"
 )
 
 
@@ -420,10 +422,20 @@ def readable(line: str) -> str | None:
     line = line.rstrip()
     if not line or _NOISE.search(line):
         return None
+    line = line.split(r"\n\nAt:")[0]  # the stack of a Python model's exception, on one line
     if found := _LINE.match(line):
-        level, clock_time, _, message = found.groups()
+        level, clock_time, message = found.groups()
         return f"{clock_time} {_LEVELS[level]} {message}"
     return line
+
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_launcher() -> None:
+    """Have the kernel kill this process when the thread that started it ends, however it ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _environment(wheel: _Wheel, avatars: Path) -> dict[str, str]:
@@ -478,9 +490,21 @@ def _remove_regions(prefix: str) -> None:
         region.unlink(missing_ok=True)
 
 
-def _remove_abandoned_regions() -> None:
-    """Those of launchers that were killed before they could clean up."""
+def _remove_abandoned() -> None:
+    """Regions of launchers that were killed before they could clean up, and stubs that still wait for their server."""
     for region in SHARED_MEMORY.glob("talksplat-*"):
-        launcher = region.name.split("-")[1]
-        if launcher.isdigit() and not psutil.pid_exists(int(launcher)):
+        if _is_abandoned(region.name):
             region.unlink(missing_ok=True)
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if _is_stub(process.info["name"]) and any(map(_is_abandoned, process.info["cmdline"] or ())):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def _is_abandoned(region: str) -> bool:
+    found = re.match(r"talksplat-(\d+)-\d+-", region)
+    return found is not None and not psutil.pid_exists(int(found[1]))
+
+
+def _is_stub(name: str) -> bool:
+    return name.startswith(STUB[:15])  # the kernel keeps no more of it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -49,8 +50,8 @@ def _drive(url: str, avatar: str, streams: int, size: int, seconds: float) -> Ti
 
     def loop(number: int) -> None:
         try:
-            for seed, ms, is_first in _stream(url, avatar, size, number, end):
-                if time.perf_counter() >= begin and seed >= 0:
+            for ms, is_first in _stream(url, avatar, size, number, end):
+                if time.perf_counter() >= begin:
                     chunk_ms.append(ms)
                     if is_first:
                         first_ms.append(ms)
@@ -67,25 +68,39 @@ def _drive(url: str, avatar: str, streams: int, size: int, seconds: float) -> Ti
     return Timings(chunk_ms, first_ms, seconds)
 
 
-def _stream(url: str, avatar: str, size: int, number: int, end: float) -> Iterator[tuple[int, float, bool]]:
-    audio = voice(number, UTTERANCE_CHUNKS)
-    names = np.array([[avatar.encode()]], np.object_)
-    for seed in range(1_000_000):
+def _stream(url: str, avatar: str, size: int, number: int, end: float) -> Iterator[tuple[float, bool]]:
+    """Milliseconds of each chunk, and whether it was a stream's first."""
+    requests = _requests(avatar, number)
+    for utterance in itertools.count():
+        parameters = {"size": size, "seed": 1000 * number + utterance}
         began = time.perf_counter()
         with triton.InferenceServerClient(url, channel_args=FRESH_CONNECTION) as client:
-            for chunk in range(UTTERANCE_CHUNKS):
+            for chunk, inputs in enumerate(requests):
                 if time.perf_counter() >= end:
                     return
-                window = audio[None, chunk * clock.CHUNK_SAMPLES :][:, : clock.WINDOW]
-                index = np.array([[chunk * clock.CHUNK_FRAMES]], np.int64)
-                inputs = [
-                    triton.InferInput("AUDIO", window.shape, "FP32").set_data_from_numpy(window),
-                    triton.InferInput("AVATAR", [1, 1], "BYTES").set_data_from_numpy(names),
-                    triton.InferInput("FRAME_INDEX", [1, 1], "INT64").set_data_from_numpy(index),
-                ]
-                client.infer("animate", inputs, parameters={"size": size, "seed": 1000 * number + seed})
-                yield seed, 1e3 * (time.perf_counter() - began), chunk == 0
-                began = time.perf_counter()
+                client.infer("animate", inputs, parameters=parameters)
+                now = time.perf_counter()
+                yield 1e3 * (now - began), chunk == 0
+                began = now
+
+
+def _requests(avatar: str, number: int) -> list[list[triton.InferInput]]:
+    """The inputs of an utterance's chunks, made beforehand: the load should cost the machine little."""
+    audio = voice(number, UTTERANCE_CHUNKS)
+    name = triton.InferInput("AVATAR", [1, 1], "BYTES")
+    name.set_data_from_numpy(np.array([[avatar.encode()]], np.object_))
+    requests = []
+    for chunk in range(UTTERANCE_CHUNKS):
+        window = audio[None, chunk * clock.CHUNK_SAMPLES :][:, : clock.WINDOW]
+        index = np.array([[chunk * clock.CHUNK_FRAMES]], np.int64)
+        requests.append(
+            [
+                triton.InferInput("AUDIO", window.shape, "FP32").set_data_from_numpy(window),
+                name,
+                triton.InferInput("FRAME_INDEX", index.shape, "INT64").set_data_from_numpy(index),
+            ]
+        )
+    return requests
 
 
 def voice(seed: int, chunks: int) -> npt.NDArray[np.float32]:

@@ -181,6 +181,7 @@ def test_the_command_fails_with_one_sentence(tmp_path: Path) -> None:
         ('I1122 13:15:45.288123 99 server.cc:31] "Started"\n', "13:15:45.288 INFO Started"),
         ("E1122 13:15:45.288123 99 model.cc:7] failed to load\n", "13:15:45.288 ERROR failed to load"),
         ('W1122 13:15:45.288123 99 pinned.cc:1] "Unable to allocate pinned memory: CUDA"\n', None),
+        (r"E1122 13:15:45.288123 99 model.cc:7] no luck\n\nAt:\n  /some/model.py(3): f", "13:15:45.288 ERROR no luck"),
         ("| server_id | triton |\n", None),
         ("I1122 13:15:45.288123 99 tritonserver.cc:2598]\n", None),
         ("Signal (15) received.\n", "Signal (15) received."),
