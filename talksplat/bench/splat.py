@@ -1,7 +1,7 @@
 """The rasterizer: milliseconds a frame, and PSNR against the float64 oracle.
 
 The scene is a synthetic head of which a covered pixel of 512 x 512 blends about 30 Gaussians. Times are the least of
-many repeats, calls interleaved: whatever else the machine does can only add to them. ``threads`` above 1 share out the
+many calls, in interleaved bursts: whatever else the machine does can only add to them. ``threads`` above 1 share out the
 frames of a batch; the time is then that of the batch divided by its frames.
 """
 
@@ -26,33 +26,34 @@ QUICK_SCENES = ((20_000, 512),)
 BACKWARD_SCENE = (10_000, 256)
 DIRTY_SCENE = (20_000, 512)
 DIRTY_FRAMES = 12
+BURST = 4  # calls
 MODES: tuple[splat.Mode, ...] = ("exact", "fast")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Register this benchmark's own options."""
-    parser.add_argument("--quick", action="store_true", help="one scene and few repeats: half a minute")
+    parser.add_argument("--quick", action="store_true", help="one scene and few rounds: half a minute")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, and write where ``--json`` says."""
-    repeats = 8 if arguments.quick else 40
+    rounds = 3 if arguments.quick else 12
     scenes = QUICK_SCENES if arguments.quick else SCENES
     rows: list[Row] = []
     with Progress(transient=True) as progress:
         task = progress.add_task("splat", total=len(scenes) + 2)
         for count, size in scenes:
-            rows += _still(count, size, repeats)
+            rows += _still(count, size, rounds)
             progress.advance(task)
-        rows += _still(*BACKWARD_SCENE, repeats, modes=("exact",))
+        rows += _still(*BACKWARD_SCENE, rounds, modes=("exact",))
         progress.advance(task)
-        rows += _dirty(*DIRTY_SCENE, repeats)
+        rows += _dirty(*DIRTY_SCENE, rounds)
         progress.advance(task)
     report("splat", rows, arguments.json)
     return 0
 
 
-def _still(count: int, size: int, repeats: int, *, modes: tuple[splat.Mode, ...] = MODES) -> list[Row]:
+def _still(count: int, size: int, rounds: int, *, modes: tuple[splat.Mode, ...] = MODES) -> list[Row]:
     gaussians, (view, intrinsics) = _head.head(count), _head.camera(size, size)
     oracle, _ = reference.render(gaussians, view, intrinsics, size, size, _head.BACKGROUND)
     gradient = np.random.default_rng(0).normal(size=(size, size, 3)).astype(np.float32)
@@ -73,7 +74,7 @@ def _still(count: int, size: int, repeats: int, *, modes: tuple[splat.Mode, ...]
             backward.append(_nothing)
         psnr = reference.psnr(draw()[0][0], oracle)
         rows.append(_row(count, size, mode, isa, threads, psnr))
-    forward_ms, backward_ms = _least_ms(forward, repeats), _least_ms(backward, repeats)
+    forward_ms, backward_ms = _least_ms(forward, rounds), _least_ms(backward, rounds)
     for i, row in enumerate(rows):
         row["forward_ms"] = forward_ms[i] / frames[i]
         if backward[i] is not _nothing:
@@ -88,7 +89,7 @@ def _variants(modes: tuple[splat.Mode, ...]) -> list[tuple[str, splat.Mode, int]
     return single + ([(isas[0], mode, cores) for mode in modes] if cores > 1 else [])
 
 
-def _dirty(count: int, size: int, repeats: int) -> list[Row]:
+def _dirty(count: int, size: int, rounds: int) -> list[Row]:
     gaussians, (view, intrinsics) = _head.head(count), _head.camera(size, size)
     moves = _head.mouth(gaussians)
     still, moving = _head.take(gaussians, ~moves), _head.take(gaussians, moves)
@@ -99,7 +100,7 @@ def _dirty(count: int, size: int, repeats: int) -> list[Row]:
     for mode in MODES:
         renderer = splat.DirtyRenderer(still, view, intrinsics, size, size, background=_head.BACKGROUND, mode=mode)
         renderer.draw(frames[0])  # the first frame draws everything
-        best = _least_ms([partial(renderer.draw, frame) for frame in frames], repeats)
+        best = _least_ms([partial(renderer.draw, frame) for frame in frames], rounds)
         row = _row(count, size, f"dirty {mode}", splat.isas()[0], 1, reference.psnr(renderer.colors, oracle))
         row["forward_ms"] = float(np.mean(best))
         rows.append(row)
@@ -117,13 +118,13 @@ def _nothing() -> None:
     pass
 
 
-def _least_ms(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """The least time of each call, warmed up, one repeat of every call after the other."""
+def _least_ms(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+    """The least time of each call, in rounds of a burst of each: the first of a burst warms the caches."""
     best = [float("inf")] * len(calls)
-    for repeat in range(repeats + 1):
+    for _ in range(rounds):
         for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            if repeat:
+            for _ in range(BURST):
+                start = time.perf_counter()
+                call()
                 best[i] = min(best[i], 1e3 * (time.perf_counter() - start))
     return best

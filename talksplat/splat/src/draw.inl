@@ -303,10 +303,11 @@ inline void write_tile(const Tile& tile, const Camera& camera, float* colors, fl
 }
 
 inline void write_background(const Tile& tile, const Camera& camera, float* colors, float* alphas) {
+  float row[3 * kBin];
+  for (int i = 0; i < 3 * kBin; i++) row[i] = camera.background[i % 3];
   for (int y = 0; y < tile.height; y++) {
     const size_t at = size_t(tile.y + y) * camera.width + tile.x;
-    for (int x = 0; x < tile.width; x++)
-      for (int c = 0; c < 3; c++) colors[3 * (at + x) + c] = camera.background[c];
+    __builtin_memcpy(colors + 3 * at, row, 3 * tile.width * sizeof(float));
     __builtin_memset(alphas + at, 0, tile.width * sizeof(float));
   }
 }
