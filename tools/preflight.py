@@ -12,7 +12,7 @@ import sysconfig
 from pathlib import Path
 
 
-def missing():
+def missing() -> "str | None":
     """The first thing that is missing, as a sentence that says what to do; None when all is there."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return (
