@@ -1,8 +1,8 @@
 """The rasterizer: milliseconds a frame, and PSNR against the float64 oracle.
 
 The scene is a synthetic head of which a covered pixel of 512 x 512 blends about 30 Gaussians. Times are the least of
-many calls, in interleaved bursts: whatever else the machine does can only add to them. ``threads`` above 1 share out the
-frames of a batch; the time is then that of the batch divided by its frames.
+many calls, in interleaved bursts: whatever else the machine does can only add to them. ``threads`` above 1 share out
+the frames of a batch; the time is then that of the batch divided by its frames.
 """
 
 from __future__ import annotations
