@@ -160,20 +160,31 @@ def load(weights: Path = WEIGHTS) -> AudioEncoder:
     return encoder.eval()
 
 
+class _Served(nn.Module):
+    """The encoder, and its input once more: Triton's steps form a chain, in which the next one needs the audio."""
+
+    def __init__(self, encoder: AudioEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, audio: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder(audio), audio.clone()
+
+
 def export(repository: Path) -> None:
     """Write ``audio_encoder/1/model.onnx`` into a model repository and check it against torch.
 
     Raises:
         ExportError: the graph is not as promised, or computes something else.
     """
-    encoder, path = load(), repository / "audio_encoder" / "1" / "model.onnx"
+    encoder, path = _Served(load()), repository / "audio_encoder" / "1" / "model.onnx"
     generator = torch.Generator().manual_seed(0)
     _onnx.export(
         encoder,
         path,
         inputs={"AUDIO": 0.1 * torch.randn(2, WINDOW, generator=generator)},
-        outputs=["FEATURES"],
-        dynamic={"AUDIO": {0: "batch"}, "FEATURES": {0: "batch"}},
+        outputs=["FEATURES", "WINDOW"],
+        dynamic={name: {0: "batch"} for name in ("AUDIO", "FEATURES", "WINDOW")},
     )
     for batch in (1, 8):
         _onnx.parity(encoder, path, {"AUDIO": 0.1 * torch.randn(batch, WINDOW, generator=generator)}, 5e-5)

@@ -16,7 +16,7 @@ import tritonclient.grpc as triton
 
 from talksplat import clock
 
-UTTERANCE_CHUNKS = 25  # 4 s; then a stream ends and a new one takes its place
+UTTERANCE_CHUNKS = 10  # 1.6 s; then a stream ends and a new one takes its place
 WARM_UP_SECONDS = 1.5
 FRESH_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 

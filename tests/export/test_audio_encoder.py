@@ -3,6 +3,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import soundfile
+import soxr
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from talksplat.clock import (
     CHUNK_FRAMES,
     CHUNK_SAMPLES,
+    FPS,
     LEFT_CONTEXT,
     LOOK_AHEAD,
     SAMPLE_RATE,
@@ -131,12 +134,14 @@ def test_export_has_the_promised_tensors_and_computes_the_same(encoder: AudioEnc
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [18]
     session = _onnx.session(path)
     assert [(x.name, x.type, x.shape[1:]) for x in session.get_inputs()] == [("AUDIO", "tensor(float)", [WINDOW])]
-    assert [(x.name, x.shape[1:]) for x in session.get_outputs()] == [("FEATURES", [CHUNK_FRAMES, 128])]
+    outputs = [("FEATURES", [CHUNK_FRAMES, 128]), ("WINDOW", [WINDOW])]
+    assert [(x.name, x.shape[1:]) for x in session.get_outputs()] == outputs
     for batch in (1, 3, 16):
         audio = torch.stack([speech_like(WINDOW, seed) for seed in range(batch)])
         with torch.inference_mode():
             expected = encoder(audio).numpy()
-        (actual,) = session.run(None, {"AUDIO": audio.numpy()})
+        actual, window = session.run(None, {"AUDIO": audio.numpy()})
+        np.testing.assert_array_equal(window, audio)
         np.testing.assert_allclose(actual, expected, atol=5e-5 * max(1, np.abs(expected).max()), rtol=0)
 
 
@@ -146,8 +151,29 @@ def test_exported_silence_is_finite_and_a_window_gives_the_same_bits_in_any_batc
     audio_encoder.export(tmp_path)
     session = _onnx.session(tmp_path / "audio_encoder" / "1" / "model.onnx")
     audio = np.stack([np.zeros(WINDOW, np.float32), *(speech_like(WINDOW, seed).numpy() for seed in range(4))])
-    (together,) = session.run(None, {"AUDIO": audio})
+    together, _ = session.run(None, {"AUDIO": audio})
     assert np.isfinite(together).all()
     for batch in (1, 2, 3):
-        (first,) = session.run(None, {"AUDIO": audio[-batch:]})
+        first, _ = session.run(None, {"AUDIO": audio[-batch:]})
         np.testing.assert_array_equal(first, together[-batch:])
+
+
+@pytest.mark.shared
+def test_features_tell_how_far_the_jaw_opens_and_hold_still_in_silence(
+    encoder: AudioEncoder, shared_data: Path
+) -> None:
+    """A linear probe: what a personal head with the best weights could not do worse than."""
+    faces = shared_data / "faces"
+    audio, sample_rate = soundfile.read(faces / "subject_a.flac", dtype="float32")
+    truth = np.load(faces / "subject_a_ground_truth.npz")
+    jaw = truth["blendshapes"][:, truth["blendshape_names"].tolist().index("jawOpen")]
+    features = encoder.encode(torch.from_numpy(soxr.resample(audio, sample_rate, SAMPLE_RATE))).numpy()[: len(jaw)]
+    inputs = np.concatenate([features, np.ones((len(features), 1), np.float32)], axis=1)
+    train, test = slice(0, 150 * FPS), slice(150 * FPS, len(features))
+    weights = np.linalg.solve(inputs[train].T @ inputs[train] + np.eye(129), inputs[train].T @ jaw[train])
+    predicted = inputs @ weights
+    by_lag = [np.corrcoef(np.roll(predicted, lag)[test], jaw[: len(features)][test])[0, 1] for lag in (-1, 0, 1)]
+    assert by_lag[1] >= 0.75
+    assert by_lag[1] == max(by_lag)
+    silence = encoder.encode(torch.zeros(SAMPLE_RATE)).numpy() @ weights[:-1] + weights[-1]
+    assert abs(silence.mean()) < 0.1 * np.quantile(jaw, 0.98)

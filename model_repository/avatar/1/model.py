@@ -41,10 +41,9 @@ class TritonPythonModel:
         except bundle.BundleError as error:
             return _error(error, pb_utils.TritonError.INTERNAL)
         adapter_in, adapter_out = (np.stack(tensors) for tensors in zip(*heads, strict=True))
-        outputs = [pb_utils.Tensor("ADAPTER_IN", adapter_in), pb_utils.Tensor("ADAPTER_OUT", adapter_out)]
-        if (audio := pb_utils.get_input_tensor_by_name(request, "AUDIO")) is not None:
-            outputs.append(pb_utils.Tensor("WINDOW", audio.as_numpy()))
-        return pb_utils.InferenceResponse(outputs)
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor("ADAPTER_IN", adapter_in), pb_utils.Tensor("ADAPTER_OUT", adapter_out)]
+        )
 
     def _head(self, avatar_id: str) -> tuple[bundle.Float32, bundle.Float32]:
         with self.heads.use(avatar_id) as head:
