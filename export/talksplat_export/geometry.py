@@ -136,9 +136,9 @@ class Region:
     def seen(self, image: Float32, viewmat: Float32, rows: range, columns: range) -> Float32:
         """A smooth image [S, S] of the reference view as another pose sees it, in some of a frame's rows and columns.
 
-        Computed on every fourth pixel and interpolated: masks are smooth.
+        Computed on a coarser grid and interpolated: masks are smooth.
         """
-        step = 4
+        step = max(len(self.mask) // 128, 1)
         grid = np.stack(
             np.meshgrid(
                 np.arange(rows.start, rows.stop + step, step),

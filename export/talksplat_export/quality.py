@@ -26,9 +26,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -75,12 +76,15 @@ class Subject:
             weights[:, :BLINK] = Adapter(self.avatar.adapter_in, self.avatar.adapter_out)(self.heard)
         return weights
 
-    def draw(self, weights: Float32, frames: range) -> Iterator[tuple[Image, Image]]:
-        """Recorded and drawn frames."""
-        shapes = splat.Blendshapes(self.avatar.canonical, self.avatar.bases, self.avatar.basis_scales)
-        for index, recorded in zip(frames, self.recording.frames(frames.start, frames.stop), strict=False):
-            job = splat.Job(shapes, weights[index], self.track.viewmats[index], self.avatar.K, recorded)
-            yield recorded, splat.render_onto([job], threads=1)[0]
+    @cached_property
+    def shapes(self) -> splat.Blendshapes:
+        """The avatar as the rasterizer takes it."""
+        return splat.Blendshapes(self.avatar.canonical, self.avatar.bases, self.avatar.basis_scales)
+
+    def draw(self, recorded: Image, index: int, weights: Float32) -> Image:
+        """Draw onto a recorded frame with its own pose; weights [21]."""
+        job = splat.Job(self.shapes, weights, self.track.viewmats[index], self.avatar.K, recorded)
+        return splat.render_onto([job], threads=1)[0]
 
     def box(self, landmarks: tuple[int, ...], margin: int = 0) -> tuple[slice, slice]:
         """Rows and columns around some landmarks in all test frames."""
@@ -113,7 +117,8 @@ def measure(
     face = subject.box((*layout.brows, *layout.jaw, *layout.mouth))
     mouth = subject.box(layout.mouth, MOUTH_MARGIN)
     face_db, mouth_db, similarity, found = [], [], [], []
-    for recorded, drawn in subject.draw(weights, test):
+    for index, recorded in zip(test, subject.recording.frames(test.start, test.stop), strict=True):
+        drawn = subject.draw(recorded, index, weights[index])
         face_db.append(psnr(recorded[face], drawn[face]))
         mouth_db.append(psnr(recorded[mouth], drawn[mouth]))
         similarity.append(splat.ssim(_floats(recorded[face]), _floats(drawn[face]), threads=1))

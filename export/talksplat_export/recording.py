@@ -63,7 +63,7 @@ class Recording:
 
     def _shown(self) -> Iterator[av.VideoFrame]:
         """The frame that is shown at every tick of the clock, as decoded."""
-        index, previous, first = 0, None, 0.0
+        index, previous, first, time = 0, None, 0.0, 0.0
         with _open(self.path) as container:
             stream = container.streams.video[0]
             stream.thread_type = "SLICE"
@@ -76,11 +76,15 @@ class Recording:
                         yield previous
                         index += 1
                     previous = frame
+                if previous is not None:
+                    lasts = 1 / float(stream.average_rate or clock.FPS)
+                    while index / clock.FPS < time - first + lasts - 5e-4:
+                        yield previous
+                        index += 1
             except av.FFmpegError as error:
                 raise RecordingError(f"{self.path} breaks off after {index} frames ({error}).") from error
         if previous is None:
             raise RecordingError(f"{self.path} holds no frame that can be decoded.")
-        yield previous
 
     @cached_property
     def length(self) -> int:

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from talksplat import clock
 from talksplat.bench import _report
 from talksplat_export import quality
-from talksplat_export.geometry import Float32
 from talksplat_export.quality import DRIVERS, Subject
 from talksplat_export.recording import Image
 from talksplat_export.track import Landmarker
@@ -75,17 +74,14 @@ def _side_by_side(path: Path, subject: Subject) -> None:
     test, track = subject.test, subject.track
     opening, blink = (values[test.start : test.stop] for values in (track.lip_opening, track.blink))
     order = np.argsort(opening)
-    picked = {int(order[-1]), int(order[len(order) // 2]), int(order[0]), int(np.argmax(blink))}
+    picked = {int(i) for i in (order[-1], order[len(order) // 2], order[0], np.argmax(blink))}
     face = subject.box((*track.layout.brows, *track.layout.jaw, *track.layout.mouth), margin=16)
-    drawn: dict[str, Float32] = {driver: subject.weights(driver) for driver in DRIVERS}
-    rows = []
-    for index in sorted(picked):
-        frame = test.start + index
-        row: list[Image] = []
-        for driver in DRIVERS:
-            recorded, image = next(subject.draw(drawn[driver], range(frame, frame + 1)))
-            row += [image[face]] if row else [recorded[face], image[face]]
-        rows.append(np.concatenate(row, 1))
+    weights = [subject.weights(driver) for driver in DRIVERS]
+    rows: list[Image] = []
+    for index, recorded in enumerate(subject.recording.frames(test.start, test.stop)):
+        if index in picked:
+            images = [recorded, *(subject.draw(recorded, test.start + index, w[test.start + index]) for w in weights)]
+            rows.append(np.concatenate([image[face] for image in images], 1))
     path.write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(np.concatenate(rows)), 92, "RGB", "444"))
 
 
