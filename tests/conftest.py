@@ -29,5 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         write_avatar(avatars, avatar_id)
     if (ROOT / "avatars" / "ava").is_dir():
         shutil.copytree(ROOT / "avatars" / "ava", avatars / "ava")
-    with Server(avatars=avatars, ports=Ports.free(), run_dir=tmp_path_factory.mktemp("server")) as server:
+    run_dir = tmp_path_factory.mktemp("server")
+    with Server(avatars=avatars, ports=Ports.free(), run_dir=run_dir) as server:
         yield server
+    assert "Exit timeout expired" not in (run_dir / "triton.log").read_text(), "some request was never released"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -285,6 +286,30 @@ def test_one_bad_chunk_fails_its_own_request_only(client: triton.InferenceServer
     assert all(answer == expected for answer in answers[::3])
     assert set(map(str, answers[1::3])) == {"StatusCode.INVALID_ARGUMENT"}
     assert set(map(str, answers[2::3])) == {"StatusCode.NOT_FOUND"}
+
+
+@pytest.mark.usefixtures("healthy_after")
+def test_cancelled_requests_harm_nobody(server: Server, client: triton.InferenceServerClient) -> None:
+    """That each of them is released shows when the server stops: see the fixture."""
+    windows = framing.windows(voice(0.64))
+    avatars, indices = [RED] * len(windows), list(range(len(windows)))
+    expected = animate(client, windows, avatars, indices)
+
+    def cancel(number: int) -> None:
+        with triton.InferenceServerClient(server.grpc_url) as own:
+            inputs = [
+                tensor("AUDIO", windows, "FP32"),
+                tensor("AVATAR", ids(*avatars), "BYTES"),
+                tensor("FRAME_INDEX", np.array(indices, np.int64)[:, None], "INT64"),
+            ]
+            answered = threading.Event()
+            call = own.async_infer("animate", inputs, lambda result, error: answered.set())
+            answered.wait(0.0005 * number)
+            call.cancel()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(cancel, range(60)))
+    assert animate(client, windows, avatars, indices) == expected
 
 
 @pytest.mark.usefixtures("healthy_after")
