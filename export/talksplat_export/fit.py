@@ -2,7 +2,8 @@
 
 Steps: track, cut, stage A (pictures), stage B (sound), plates, bundle, report. Each leaves its result in the work
 folder under a digest of everything it was made from, and is done again only when that changes; stage A saves its state
-every minute. So the same command resumes after an interrupt, and repeats stage B alone after new encoder weights.
+every minute. So the same command resumes after an interrupt, and repeats stage B alone after new encoder weights. Who
+changes this code has to delete the work folder.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from talksplat_export.quality import Subject
 from talksplat_export.recording import Recording, RecordingError
 from talksplat_export.track import Landmarker, Track, TrackError
 
-_HERE = Path(__file__).parent
 DEGRADED = 8  # versions of the audio, besides the recorded one, for stage B
 
 
@@ -137,7 +137,7 @@ def _report(recording: Recording, avatar: Avatar, tracked: Track, model: Path | 
 def _track(recording: Recording, source: Path | None, landmarker: Path | None, steps: _Steps) -> Track:
     path = steps.folder / "track.npz"
     model = None if source is not None else track.landmarker_file(landmarker)
-    key = steps.key(recording.sha256, recording.size, sha256(source or model), _code("track", "recording"))
+    key = steps.key(recording.sha256, recording.size, sha256(source or model))
     if not steps.is_done("track", key, path):
         with steps.progress("track", recording.length) as advance:
             track.find(recording, source, model, advance).save(path)
@@ -157,7 +157,7 @@ def _stage_a(
     folder = steps.folder
     path, checkpoint, crops_folder = folder / "gaussians.safetensors", folder / "stage_a.pt", folder / "crops"
     used = slice(0, training, max(training // 1500, 1))  # of the frames, for the geometry
-    cut_key = steps.key(steps.done["track"], training, _code("geometry", "stage_a"))
+    cut_key = steps.key(steps.done["track"], training)
     key = steps.key(cut_key, settings.gaussians, settings.steps, settings.seed)
     if steps.is_done("stage-a", key, path):
         return _load_gaussians(path)
@@ -216,7 +216,6 @@ def _load_gaussians(path: Path) -> tuple[Float32, Any, Float32]:
 
 def _stage_b(audio: Float32, train: Track, weights: Float32, settings: Settings, steps: _Steps) -> stage_b.Adapter:
     path = steps.folder / "adapter.safetensors"
-    code = _code("stage_b", "augment", "vad", "audio_encoder", "geometry")
     key = steps.key(
         steps.done["track"],
         hashlib.sha256(audio.tobytes()).hexdigest(),
@@ -224,7 +223,6 @@ def _stage_b(audio: Float32, train: Track, weights: Float32, settings: Settings,
         sha256(audio_encoder.WEIGHTS),
         DEGRADED,
         settings.seed,
-        code,
     )
     if not steps.is_done("stage-b", key, path):
         with steps.progress("hear", DEGRADED + 1) as advance:
@@ -249,7 +247,8 @@ class _Steps:
 
     @staticmethod
     def key(*inputs: object) -> str:
-        return hashlib.sha256(repr(inputs).encode()).hexdigest()
+        """A digest of what a step's result depends on, and of the release that makes it."""
+        return hashlib.sha256(repr((version("talksplat-export"), *inputs)).encode()).hexdigest()
 
     def is_done(self, step: str, key: str, result: Path) -> bool:
         done = self.done.get(step) == key and result.exists()
@@ -274,10 +273,6 @@ def _write(path: Path, data: bytes) -> None:
 def sha256(path: Path | None) -> str:
     """Of a file, in hexadecimal; empty for none."""
     return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _code(*modules: str) -> str:
-    return hashlib.sha256(b"".join((_HERE / f"{name}.py").read_bytes() for name in modules)).hexdigest()
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

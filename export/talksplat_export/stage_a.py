@@ -42,7 +42,6 @@ BATCH = 4  # frames a step
 COARSE_SHARE = 0.25  # of the steps at half resolution
 SSIM_SHARE = 0.2  # of the colour loss
 ALPHA_WEIGHT = 0.5
-BASES_DECAY = 2e-4  # keeps bases that no frame asks for at zero
 CHECKPOINT_SECONDS = 60.0
 MARGIN = 8  # pixels around the region
 
