@@ -54,7 +54,8 @@ bench-recordings: models  ## the benchmarks that need recordings, in RECORDINGS
 	@if [ -d $(RECORDINGS) ]; then set -x; \
 	  $(BIN)/talksplat-server bench asr --set $(RECORDINGS)/speech/eval/lj --json bench/asr.json; \
 	  $(BIN)/talksplat-export quality avatars/ava $(RECORDINGS)/faces/subject_a.mp4 --audio $(RECORDINGS)/faces/subject_a.flac \
-	    --track $(RECORDINGS)/faces/subject_a_ground_truth.npz --json bench/quality.json; \
+	    --track $(RECORDINGS)/faces/subject_a_ground_truth.npz --landmarker $(RECORDINGS)/models/face_landmarker.task \
+	    --json bench/quality.json; \
 	else echo "No recordings in $(RECORDINGS): the benchmarks asr and quality are left out (RECORDINGS=... names the folder)."; fi
 
 .PHONY: models

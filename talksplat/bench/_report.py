@@ -49,7 +49,10 @@ def report(name: str, rows: Sequence[Row], json_path: Path | None) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a log is not cut to 80 columns
+    console.print(table)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         document = {"machine": machine(), "commit": commit(), "rows": list(rows)}

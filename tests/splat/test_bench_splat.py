@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from make_avatar import write_avatar
 
 from talksplat import splat
 from talksplat.bench import splat as bench
@@ -16,13 +17,17 @@ def test_the_rows_say_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(bench, "DIRTY_SCENE", (300, 48))
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    arguments = parser.parse_args(["--quick"], argparse.Namespace(json=tmp_path / "splat.json"))
+    arguments = parser.parse_args(
+        ["--quick", "--avatar", str(write_avatar(tmp_path, "kim"))], argparse.Namespace(json=tmp_path / "splat.json")
+    )
     assert bench.run(arguments) == 0
 
     rows = json.loads((tmp_path / "splat.json").read_text())["rows"]
-    columns = ["gaussians", "size", "mode", "isa", "threads", "forward_ms", "backward_ms", "psnr_db"]
+    columns = ["scene", "gaussians", "size", "mode", "isa", "threads", "forward_ms"]
+    columns += ["forward_least_ms", "backward_ms", "psnr_db"]
     assert all(list(row) == columns for row in rows)
     assert {row["mode"] for row in rows} == {"exact", "fast", "dirty exact", "dirty fast"}
+    assert {row["scene"] for row in rows} == {"head", "kim"}
     assert {row["isa"] for row in rows} == set(splat.isas())
     assert all(row["forward_ms"] > 0 for row in rows)
     assert all(row["backward_ms"] > 0 for row in rows if row["mode"] == "exact" and row["threads"] == 1)
