@@ -30,7 +30,7 @@ _MELS = 64
 _WIDTH = 176
 _LEVEL_FRAMES = 40  # mel frames (400 ms) whose mean power is the reference level of the last of them
 _LEVEL_FLOOR = 1e-8  # -80 dBFS: below it nothing is lifted, so digital silence stays silent
-_RANGE_FLOOR = 1e-4  # 40 dB below the level counts as nothing
+_RANGE_FLOOR = 1e-5  # 50 dB below the level counts as nothing
 _DILATIONS = (1, 1, 2, 2)
 _BLOCK_FRAMES = 1500  # frames that `encode` computes at once: a minute
 
@@ -101,6 +101,7 @@ class AudioEncoder(nn.Module):
         self.stem = _Convolution(_MELS, _WIDTH, 5, stride=2)  # 100 Hz -> 50 Hz
         self.blocks = nn.ModuleList(_Convolution(_WIDTH, _WIDTH, 3, dilation=d) for d in _DILATIONS)
         self.merge = _Convolution(_WIDTH, _WIDTH, 6, stride=2)  # 50 Hz -> 25 Hz
+        self.refine = _Convolution(_WIDTH, _WIDTH, 1)
         self.project = nn.Conv1d(_WIDTH, FEATURES, 1, bias=False)
         self.standardise = nn.BatchNorm1d(FEATURES, affine=False)
 
@@ -111,13 +112,14 @@ class AudioEncoder(nn.Module):
         # the ONNX optimiser takes an added 1e-8 for a zero.
         level = F.conv1d(power, self.level_weight, self.level_floor)
         relative = power[:, :, _LEVEL_FRAMES - 1 :] / level
-        return torch.log10(relative + _RANGE_FLOOR) + 2.0
+        return torch.log10(relative + _RANGE_FLOOR) + 2.5
 
     def forward(self, audio: Tensor) -> Tensor:  # noqa: D102
         x = self.stem(self.log_mel(audio))
         for block, dilation in zip(self.blocks, _DILATIONS, strict=True):
             x = x[:, :, dilation:-dilation] + block(x)
-        features: Tensor = self.standardise(self.project(self.merge(x)))
+        x = self.merge(x)
+        features: Tensor = self.standardise(self.project(x + self.refine(x)))
         return features.transpose(1, 2)
 
     @torch.inference_mode()

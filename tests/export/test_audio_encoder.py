@@ -124,7 +124,7 @@ def test_weights_are_small_and_say_where_they_come_from(encoder: AudioEncoder) -
     assert audio_encoder.WEIGHTS.stat().st_size <= 3_000_000
     assert sum(parameter.numel() for parameter in encoder.parameters()) <= 700_000
     with safe_open(audio_encoder.WEIGHTS, "pt") as file:
-        assert {"version", "config", "config_digest", "commit", "accuracy_clean"} <= file.metadata().keys()
+        assert {"version", "config", "config_digest", "commit", "synthetic_accuracy_clean"} <= file.metadata().keys()
 
 
 def test_export_has_the_promised_tensors_and_computes_the_same(encoder: AudioEncoder, tmp_path: Path) -> None:
