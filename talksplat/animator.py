@@ -27,6 +27,7 @@ from talksplat import avatar as bundle
 from talksplat import clock, splat
 from talksplat.avatar import Avatar, BundleError
 from talksplat.cache import AvatarCache
+from talksplat.framing import RequestError
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
@@ -39,10 +40,6 @@ BLINK_JITTER = 50  # frames: so two blinks are 2 to 6 s apart
 BLINK_SHAPE = (0.35, 0.9, 1.0, 0.8, 0.45, 0.15)  # of the lids, frame by frame: they shut faster than they open
 
 MAX_FRAME_INDEX = 2**53  # as far as every client's numbers are exact
-
-
-class RequestError(ValueError):
-    """The request asks for something that can't be; the message is a sentence for its sender."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from make_avatar import make_avatar, write_avatar
 
 from talksplat import avatar as bundle
 from talksplat import clock, splat
-from talksplat.animator import Animator, Chunk, Options, RequestError, blink, gate, plate_index
+from talksplat.animator import Animator, Chunk, Options, blink, gate, plate_index
 from talksplat.avatar import BundleError, UnknownAvatarError
+from talksplat.framing import RequestError
 
 RAW = Options(format="raw")
 INDICES = st.integers(0, 10**9)

@@ -31,5 +31,5 @@ def test_every_sample_lies_in_its_chunk_and_in_its_neighbours_context(samples: i
     ],
 )
 def test_audio_that_cannot_be_cut_is_refused(audio: np.ndarray, reason: str) -> None:  # type: ignore[type-arg]
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(framing.RequestError, match=reason):
         framing.windows(audio)

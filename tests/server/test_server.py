@@ -211,7 +211,7 @@ def test_a_new_avatar_is_served_without_a_restart_and_a_deleted_one_no_more(
         assert picture(first).shape == (32, 32, 3)
     finally:
         shutil.rmtree(folder)
-    with pytest.raises(InferenceServerException, match="no avatar 'fresh'") as caught:
+    with pytest.raises(InferenceServerException, match="There is no avatar 'fresh'") as caught:
         operate(client, "preload", "fresh")
     assert caught.value.status() == "StatusCode.NOT_FOUND"
 

@@ -1,4 +1,4 @@
-"""An utterance -> the batch of windows that the steps of `animate` take."""
+"""An utterance -> the batch of windows that `animate` takes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb_utils
 
 from talksplat import clock, framing
+from talksplat.triton import array, failure, response
 
 
 class TritonPythonModel:
@@ -19,19 +19,14 @@ class TritonPythonModel:
         return [self._cut(request) for request in requests]
 
     def _cut(self, request: Any) -> Any:
-        audio, avatar, first = (
-            pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in ("AUDIO", "AVATAR", "FRAME_INDEX")
-        )
         try:
-            windows = framing.windows(audio)
-        except ValueError as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+            windows = framing.windows(array(request, "AUDIO"))
+        except framing.RequestError as error:
+            return failure(error)
         count = len(windows)
-        indices = first + clock.CHUNK_FRAMES * np.arange(count, dtype=np.int64)
-        return pb_utils.InferenceResponse(
-            [
-                pb_utils.Tensor("WINDOWS", windows),
-                pb_utils.Tensor("AVATARS", np.repeat(avatar[None], count, axis=0)),
-                pb_utils.Tensor("FRAME_INDICES", indices[:, None]),
-            ]
+        indices = array(request, "FRAME_INDEX") + clock.CHUNK_FRAMES * np.arange(count, dtype=np.int64)
+        return response(
+            WINDOWS=windows,
+            AVATARS=np.repeat(array(request, "AVATAR")[None], count, axis=0),
+            FRAME_INDICES=indices[:, None],
         )

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb_utils
 
-from talksplat.animator import Animator, Chunk, Options, RequestError
-from talksplat.avatar import UnknownAvatarError
+from talksplat.animator import Animator, Chunk, Options
+from talksplat.framing import RequestError
+from talksplat.triton import array, avatar_ids, failure, response
 
 
 class TritonPythonModel:
@@ -26,7 +26,7 @@ class TritonPythonModel:
         )
         root = Path(os.environ["TALKSPLAT_AVATARS"])
         self.animator = Animator(root, avatar_bytes=avatar_bytes, plate_bytes=plate_bytes)
-        self.operations = {
+        self.operations: dict[str, Callable[[str], dict[str, Any]]] = {
             "preload": self.animator.preload,
             "unload": self.animator.unload,
             "list": lambda _: self.animator.catalogue(),
@@ -47,45 +47,29 @@ class TritonPythonModel:
                     spans[number] = slice(len(chunks), len(chunks) + len(own))
                     chunks += own
             except Exception as error:
-                responses[number] = _error(error)
+                responses[number] = failure(error)
         frames = self.animator.render(chunks)
         for number, span in spans.items():
             errors = [each for each in frames[span] if isinstance(each, Exception)]
-            responses[number] = _error(errors[0]) if errors else _response("FRAMES", frames[span])
+            responses[number] = failure(errors[0]) if errors else response(FRAMES=np.array(frames[span], np.object_))
         return responses
 
     def _operate(self, request: Any, name: object) -> Any:
         if name not in self.operations:
             raise RequestError(f"The parameter operation is {name!r}, expected one of {', '.join(self.operations)}.")
-        (avatar_id,) = _avatar_ids(request)[:1]
-        return _response("REPORT", [[json.dumps(self.operations[str(name)](avatar_id)).encode()]])
+        operation = self.operations[str(name)]
+        reports = [[json.dumps(operation(avatar_id)).encode()] for avatar_id in avatar_ids(request)]
+        return response(REPORT=np.array(reports, np.object_))
 
 
 def _chunks(request: Any, options: Options) -> list[Chunk]:
-    tensors = [pb_utils.get_input_tensor_by_name(request, name) for name in ("COEFFICIENTS", "SPEECH", "FRAME_INDEX")]
-    if None in tensors:
-        raise RequestError("COEFFICIENTS, SPEECH and FRAME_INDEX are needed, except for operations.")
-    coefficients, speech, indices = (tensor.as_numpy() for tensor in tensors)
+    rows = zip(
+        avatar_ids(request),
+        array(request, "COEFFICIENTS"),
+        array(request, "SPEECH"),
+        array(request, "FRAME_INDEX")[:, 0],
+        strict=True,
+    )
     return [
-        Chunk(avatar_id, *tensors, int(index), options)
-        for avatar_id, *tensors, index in zip(_avatar_ids(request), coefficients, speech, indices[:, 0], strict=True)
+        Chunk(avatar_id, coefficients, speech, int(index), options) for avatar_id, coefficients, speech, index in rows
     ]
-
-
-def _avatar_ids(request: Any) -> list[str]:
-    ids = pb_utils.get_input_tensor_by_name(request, "AVATAR").as_numpy()[:, 0]
-    return [avatar_id.decode(errors="replace") for avatar_id in ids]
-
-
-def _response(name: str, rows: Sequence[Sequence[bytes]]) -> Any:
-    return pb_utils.InferenceResponse([pb_utils.Tensor(name, np.array(rows, np.object_))])
-
-
-def _error(error: Exception) -> Any:
-    if isinstance(error, RequestError):
-        code, message = pb_utils.TritonError.INVALID_ARG, str(error)
-    elif isinstance(error, UnknownAvatarError):
-        code, message = pb_utils.TritonError.NOT_FOUND, str(error)
-    else:
-        code, message = pb_utils.TritonError.INTERNAL, str(error)
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
