@@ -4,6 +4,10 @@ frame.
 The encoder never sees a face. Its features are asked, through linear heads, for the phonemes and the articulation
 from 80 ms before to 80 ms after the frame's instant, so that a person-specific head without memory finds
 coarticulation in them. Each segment is seen twice, as recorded and degraded, and both have to give the same features.
+
+The committed weights took two runs: ``talksplat-export pretrain`` on synthetic speech, then
+``talksplat-export pretrain --real FOLDER CHECKPOINT``, where the first run's checkpoint aligned real clips with their
+transcripts. flite's voices need the system package of that name.
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ class Config:
     """Everything that decides the result."""
 
     minutes: float = 240.0  # of synthetic speech
-    steps: int = 3000
+    steps: int = 2000
     batch: int = 40  # segments, each seen as recorded and degraded
     frames: int = 48  # a segment's frames: 2 s
     learning_rate: float = 3e-3
@@ -287,6 +291,7 @@ def pretrain(
                 partial = checkpoint.with_suffix(".part")
                 torch.save({"steps": step + 1, "figures": figures, **states}, partial)
                 os.replace(partial, checkpoint)
+        progress.console.print(f"checkpoint: {checkpoint}")
     publish(encoder, config, figures, weights)
     return figures
 
