@@ -350,7 +350,8 @@ class _Wheel:
         spec = importlib.util.find_spec("pytriton")  # finds it without importing it
         if spec is None or spec.origin is None:
             raise MissingWheelError(
-                f"nvidia-pytriton, which carries tritonserver, is not installed for {sys.executable}: run `make setup`."
+                f"nvidia-pytriton, which carries tritonserver, is not installed for {sys.executable}: "
+                "run `make models`, which installs all that is needed."
             )
         package = Path(spec.origin).parent
         root = package / "tritonserver"
