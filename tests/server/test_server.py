@@ -245,7 +245,10 @@ def test_a_broken_bundle_fails_its_requests_only(
 @pytest.mark.usefixtures("healthy_after")
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((1, 100), "FP32"), ((1, clock.WINDOW + 1), "FP32"), ((clock.WINDOW,), "FP32"), ((1, clock.WINDOW), "FP64")],
+    [
+        *(((1, 100), "FP32"), ((1, clock.WINDOW + 1), "FP32"), ((clock.WINDOW,), "FP32"), ((1, clock.WINDOW), "FP64")),
+        *(((0, clock.WINDOW), "FP32"), ((2, clock.WINDOW), "FP32"), ((500, clock.WINDOW), "FP32"), ((0,), "FP32")),
+    ],
 )
 def test_wrong_tensors_are_invalid(client: triton.InferenceServerClient, shape: tuple[int, ...], dtype: str) -> None:
     audio = np.zeros(shape, {"FP32": np.float32, "FP64": np.float64}[dtype])
