@@ -35,6 +35,7 @@ from talksplat_export.quality import Subject
 from talksplat_export.recording import Recording, RecordingError
 from talksplat_export.track import Landmarker, Track, TrackError
 
+MIN_SECONDS = 2  # to fit to; a person worth looking at needs a minute
 DEGRADED = 8  # versions of the audio, besides the recorded one, for stage B
 
 
@@ -77,6 +78,8 @@ def fit(
     steps = _Steps(work, console)
     tracked = _track(recording, source, landmarker, steps)
     training = min(round(settings.train_seconds * clock.FPS), len(tracked))
+    if training < MIN_SECONDS * clock.FPS:
+        raise RecordingError(f"There are {training / clock.FPS:.1f} s to fit to, expected {MIN_SECONDS} s or more.")
     train = tracked[:training]
     basis = geometry.coefficient_basis(train.expression)
     weights = geometry.frame_weights(tracked, basis)

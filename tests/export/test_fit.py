@@ -177,6 +177,13 @@ def test_a_bundle_that_can_not_be_small_enough_is_refused(
     assert "do not fit into" in capsys.readouterr().err
 
 
+def test_a_recording_that_is_too_short_is_refused(
+    head: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit_head(head, tmp_path, "--train-seconds", 1) == 1
+    assert "expected 2 s or more" in capsys.readouterr().err
+
+
 def test_an_id_that_is_none_is_refused_before_work(
     head: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
