@@ -164,19 +164,11 @@ class Animator:
             BundleError: its bundle can't be read.
         """
         began = time.perf_counter()
-        before = set(self._avatars.ids())
         with self._avatars.use(avatar_id, strict=True) as loaded:
-            avatar = loaded.avatar
-            cached = avatar_id in before and loaded.warm
+            avatar, cached = loaded.avatar, loaded.warm
             if not cached:
-                self._pool.submit(
-                    self._frame,
-                    loaded,
-                    np.zeros(bundle.WEIGHTS, np.float32),
-                    0,
-                    (avatar.width, avatar.height),
-                    Options(),
-                ).result()
+                weights, size = np.zeros(bundle.WEIGHTS, np.float32), (avatar.width, avatar.height)
+                self._pool.submit(self._frame, loaded, weights, 0, size, Options()).result()
                 loaded.warm = True
         return {
             "avatar": avatar_id,
@@ -252,7 +244,7 @@ class _Loaded:
 
     avatar: Avatar
     shapes: splat.Blendshapes
-    warm: bool = False  # whether a frame of it was drawn
+    warm: bool = False  # whether `preload` has drawn a frame of it
 
     @classmethod
     def read(cls, root: Path, avatar_id: str) -> Self:
