@@ -153,9 +153,7 @@ def write(avatar: Avatar, root: Path) -> Path:
     for index, plate in enumerate(avatar.plates):
         _check_plate(index, plate, avatar.width, avatar.height)
     contents = {
-        _GAUSSIANS: _save(
-            {"canonical": avatar.canonical, "bases": avatar.bases, "basis_scales": avatar.basis_scales}
-        ),
+        _GAUSSIANS: _save({"canonical": avatar.canonical, "bases": avatar.bases, "basis_scales": avatar.basis_scales}),
         _ADAPTER: _save({"adapter_in": avatar.adapter_in, "adapter_out": avatar.adapter_out}),
         _PLATES: _save(
             {
