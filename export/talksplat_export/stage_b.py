@@ -25,10 +25,10 @@ Float32 = npt.NDArray[np.float32]
 STEPS = 1000
 BATCH = 512
 LEARNING_RATE = 3e-3
-WEIGHT_DECAY = 0.1
+WEIGHT_DECAY = 0.3
 DROPOUT = 0.1  # of the features
 LIP_WEIGHT = 2.0  # of the lips' opening, on top of all landmarks of the mouth
-CLOSURE_WEIGHT = 2.0  # of frames with closed lips within speech
+CLOSURE_WEIGHT = 3.0  # of frames with closed lips within speech
 DEGRADED_SECONDS = 8.0  # how long one chain of degradations lasts
 
 

@@ -16,7 +16,7 @@ import talking_head
 from safetensors.torch import save_file
 
 from talksplat import avatar as bundle
-from talksplat_export import audio_encoder, fit, plates, quality, stage_a, stage_b, track
+from talksplat_export import audio_encoder, fit, plates, quality, splat_torch, stage_a, stage_b, track
 from talksplat_export.recording import Recording
 
 Float32 = npt.NDArray[np.float32]
@@ -25,7 +25,8 @@ TRAIN_SECONDS, FRAMES = 3.0, 100
 
 @pytest.fixture(scope="session")
 def head(tmp_path_factory: pytest.TempPathFactory, speech: Float32) -> dict[str, Path]:
-    return talking_head.make(tmp_path_factory.mktemp("head"), speech, FRAMES)
+    paths: dict[str, Path] = talking_head.make(tmp_path_factory.mktemp("head"), speech, FRAMES)
+    return paths
 
 
 def run(module: Any, name: str, *arguments: object) -> int:
@@ -140,7 +141,7 @@ def test_an_interrupt_leaves_no_bundle_and_the_same_command_goes_on(
 ) -> None:
     monkeypatch.setattr(stage_b, "STEPS", 100)
     monkeypatch.setattr(fit, "DEGRADED", 1)
-    whole, calls = stage_a.splat_torch.rasterization, 0
+    whole, calls = splat_torch.rasterization, 0
 
     def interrupted(*args: Any, **options: Any) -> Any:
         nonlocal calls
@@ -149,7 +150,7 @@ def test_an_interrupt_leaves_no_bundle_and_the_same_command_goes_on(
             raise KeyboardInterrupt
         return whole(*args, **options)
 
-    monkeypatch.setattr(stage_a.splat_torch, "rasterization", interrupted)
+    monkeypatch.setattr(splat_torch, "rasterization", interrupted)
     assert fit_head(head, tmp_path) == 130
     assert "same command" in capsys.readouterr().err
     assert not (tmp_path / "avatars").exists()
@@ -165,7 +166,7 @@ def test_a_full_disk_leaves_no_bundle(head: dict[str, Path], copy: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     before = bundle.read(copy / "avatars", "head")
-    monkeypatch.setattr(fit.bundle, "write", full)
+    monkeypatch.setattr(bundle, "write", full)
     assert fit_head(head, copy, "--plates", 5) == 1
     assert len(bundle.read(copy / "avatars", "head").plates) == len(before.plates)
 

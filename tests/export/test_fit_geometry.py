@@ -12,36 +12,10 @@ from scipy.ndimage import map_coordinates
 
 from talksplat.avatar import COEFFICIENTS
 from talksplat_export import geometry
-from talksplat_export.track import Track, TrackError, lip_opening, rotation_zyx
+from talksplat_export.track import Track, TrackError, lip_opening
 
 Float32 = npt.NDArray[np.float32]
-SIZE = 96
-
-
-def make_track(frames: int = 120, seed: int = 0) -> tuple[Track, Float32]:
-    """A track of the tests' head with noiseless landmarks, and its points [1 + 1, 68, 3] in metres."""
-    rng = np.random.default_rng(seed)
-    rest = talking_head.landmarks_3d() / 100
-    drop = np.zeros_like(rest)
-    drop[talking_head.LOWER_LIP, 1] = -0.018
-    drop[talking_head.CHIN, 1] = -0.015
-    jaw = rng.uniform(0, 1, frames)
-    viewmats = np.tile(np.eye(4), (frames, 1, 1))
-    camera = np.diag([1.0, -1.0, -1.0])
-    viewmats[:, :3, :3] = camera @ rotation_zyx(rng.uniform(-0.15, 0.15, (frames, 3)))
-    viewmats[:, :3, 3] = [0, 0, 1]
-    intrinsics = np.array([[300, 0, SIZE / 2], [0, 300, SIZE / 2], [0, 0, 1]], np.float32)
-    points = rest + jaw[:, None, None] * drop
-    pixels = np.stack([geometry.project(p, v, intrinsics)[:, :2] for p, v in zip(points, viewmats, strict=True)])
-    track = Track(
-        expression=jaw[:, None].astype(np.float32),
-        blink=np.zeros(frames, np.float32),
-        viewmats=viewmats.astype(np.float32),
-        K=intrinsics,
-        landmarks=pixels.astype(np.float32),
-        source="test",
-    )
-    return track, np.stack([rest, drop]).astype(np.float32)
+SIZE = talking_head.SIZE
 
 
 @given(st.integers(1, 30), st.integers(0, 10_000))
@@ -68,14 +42,14 @@ def test_an_expression_is_kept_by_its_coefficients() -> None:
 
 
 def test_landmarks_are_found_in_3d_with_how_they_move() -> None:
-    track, truth = make_track()
+    track, truth = talking_head.make_track()
     found, error = geometry.triangulate(track, track.expression, ridge=1e-6)
     assert error < 0.01
     np.testing.assert_allclose(found, truth, atol=2e-4)
 
 
 def test_the_region_holds_the_mouth_and_leaves_brows_and_edges_to_the_plate() -> None:
-    track, _ = make_track()
+    track, _ = talking_head.make_track()
     landmarks, _ = geometry.triangulate(track, track.expression)
     region = geometry.region(track, landmarks, track.expression, SIZE)
     rest = np.rint(geometry.project(landmarks[0], region.viewmat, region.K)).astype(int)
@@ -92,7 +66,7 @@ def test_the_region_holds_the_mouth_and_leaves_brows_and_edges_to_the_plate() ->
 
 
 def test_the_mask_moves_with_the_head() -> None:
-    track, _ = make_track()
+    track, _ = talking_head.make_track()
     landmarks, _ = geometry.triangulate(track, track.expression)
     region = geometry.region(track, landmarks, track.expression, SIZE)
     whole = range(SIZE)
@@ -111,7 +85,7 @@ def test_the_mask_moves_with_the_head() -> None:
 
 
 def test_seeds_lie_on_the_face_and_follow_the_jaw() -> None:
-    track, truth = make_track()
+    track, truth = talking_head.make_track()
     landmarks, _ = geometry.triangulate(track, track.expression)
     region = geometry.region(track, landmarks, track.expression, SIZE)
     image = np.full((SIZE, SIZE, 3), 128, np.uint8)
@@ -140,13 +114,13 @@ def test_lips_open_along_the_face_whichever_way_it_is_turned() -> None:
 
 @pytest.mark.parametrize("name", ["blink", "viewmats", "landmarks"])
 def test_a_track_of_shapes_that_do_not_fit_is_refused(name: str) -> None:
-    track, _ = make_track(10)
+    track, _ = talking_head.make_track(10)
     with pytest.raises(TrackError, match="expected"):
         Track(**{**vars(track), name: getattr(track, name)[:, :5] if name == "landmarks" else getattr(track, name)[:5]})
 
 
 def test_a_track_is_the_same_after_it_was_saved(tmp_path: pytest.TempPathFactory) -> None:
-    track, _ = make_track(10)
+    track, _ = talking_head.make_track(10)
     path = tmp_path / "track.npz"  # type: ignore[operator]
     track.save(path)
     loaded = Track.load(path)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from test_fit_geometry import make_track
+from talking_head import make_track
 
 from talksplat.avatar import COEFFICIENTS, FEATURES
 from talksplat.framing import windows

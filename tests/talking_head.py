@@ -11,9 +11,18 @@ import soundfile
 from PIL import Image, ImageDraw
 
 from talksplat import clock
-from talksplat_export.track import SUBJECT_DISTANCE, SUBJECT_FOV_DEG, SUBJECT_HEIGHT, SUBJECT_PIVOT, rotation_zyx
+from talksplat_export import geometry
+from talksplat_export.track import (
+    SUBJECT_DISTANCE,
+    SUBJECT_FOV_DEG,
+    SUBJECT_HEIGHT,
+    SUBJECT_PIVOT,
+    Track,
+    rotation_zyx,
+)
 
 Float32 = npt.NDArray[np.float32]
+SIZE = 96  # pixels a side
 
 
 def landmarks_3d() -> npt.NDArray[np.float64]:
@@ -38,7 +47,7 @@ LOWER_LIP = [55, 56, 57, 58, 59, 65, 66, 67]
 CHIN = [5, 6, 7, 8, 9, 10, 11]
 
 
-def make(folder: Path, speech: Float32, frames: int, size: int = 96) -> dict[str, Path]:
+def make(folder: Path, speech: Float32, frames: int, size: int = SIZE) -> dict[str, Path]:
     """Write ``head.mp4``, ``head.wav`` and ``head.npz``; returns their paths as video, audio and track.
 
     The mouth opens and shuts 2.5 times a second between two pauses, whatever the ``speech`` [samples] says.
@@ -72,6 +81,32 @@ def make(folder: Path, speech: Float32, frames: int, size: int = 96) -> dict[str
         landmarks68_px=points.astype(np.float32),
     )
     return paths
+
+
+def make_track(frames: int = 120, seed: int = 0) -> tuple[Track, Float32]:
+    """A track of the tests' head with noiseless landmarks, and its points [1 + 1, 68, 3] in metres."""
+    rng = np.random.default_rng(seed)
+    rest = landmarks_3d() / 100
+    drop = np.zeros_like(rest)
+    drop[LOWER_LIP, 1] = -0.018
+    drop[CHIN, 1] = -0.015
+    jaw = rng.uniform(0, 1, frames)
+    viewmats = np.tile(np.eye(4), (frames, 1, 1))
+    camera = np.diag([1.0, -1.0, -1.0])
+    viewmats[:, :3, :3] = camera @ rotation_zyx(rng.uniform(-0.15, 0.15, (frames, 3)))
+    viewmats[:, :3, 3] = [0, 0, 1]
+    intrinsics = np.array([[300, 0, SIZE / 2], [0, 300, SIZE / 2], [0, 0, 1]], np.float32)
+    points = rest + jaw[:, None, None] * drop
+    pixels = np.stack([geometry.project(p, v, intrinsics)[:, :2] for p, v in zip(points, viewmats, strict=True)])
+    track = Track(
+        expression=jaw[:, None].astype(np.float32),
+        blink=np.zeros(frames, np.float32),
+        viewmats=viewmats.astype(np.float32),
+        K=intrinsics,
+        landmarks=pixels.astype(np.float32),
+        source="test",
+    )
+    return track, np.stack([rest, drop]).astype(np.float32)
 
 
 def _draw(points: npt.NDArray[np.float64], blink: float, size: int) -> npt.NDArray[np.uint8]:
