@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 
 from talksplat import avatar as bundle
 from talksplat.avatar import Avatar, BundleError, UnknownAvatarError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make(avatar_id: str = "kim", n: int = 5, **changes: Any) -> Avatar:
@@ -52,6 +55,12 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert [bytes(plate) for plate in found.plates] == list(written.plates)
     assert (found.width, found.height, found.provenance) == (24, 16, {"source": "noise"})
     assert bundle.available(tmp_path) == ["kim"]
+
+
+def test_arrays_in_any_memory_layout_are_read_back(tmp_path: Path) -> None:
+    scales = np.asfortranarray(np.random.default_rng(1).random((14, 21), dtype=np.float32))
+    bundle.write(make(basis_scales=scales), tmp_path)
+    np.testing.assert_array_equal(bundle.read(tmp_path, "kim").basis_scales, scales)
 
 
 def test_writing_again_replaces_the_bundle_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -159,3 +168,10 @@ def test_plates_that_are_no_jpeg_of_the_size_are_not_written(tmp_path: Path, pla
     with pytest.raises(BundleError, match="plate 0"):
         bundle.write(make(plates=plates, viewmats=np.eye(4, dtype=np.float32)[None]), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_committed_avatar_belongs_to_the_committed_audio_encoder() -> None:
+    weights = ROOT / "export" / "talksplat_export" / "weights" / "audio_encoder.safetensors"
+    ava = bundle.read(ROOT / "avatars", "ava")
+    assert ava.audio_encoder == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert sum(path.stat().st_size for path in (ROOT / "avatars" / "ava").iterdir()) <= 8_000_000
