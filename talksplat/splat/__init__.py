@@ -249,7 +249,7 @@ def blend(
     """The Gaussians that weights make of an avatar, activated: ready for :func:`render`."""
     weights = _finite("weights", _floats("weights", weights, (avatar.rank,), ("F", avatar.rank)))
     lead, n = weights.shape[:-1], avatar.count
-    frames = weights.reshape(-1, avatar.rank)
+    frames = weights if lead else weights[None]
     arrays = [np.empty((len(frames), n, width), np.float32) for width in (3, 4, 3)]
     arrays += [np.empty((len(frames), n), np.float32), np.empty((len(frames), n, 3), np.float32)]
     means, quats, scales, opacities, colors = arrays

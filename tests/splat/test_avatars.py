@@ -128,6 +128,13 @@ def test_frames_go_to_the_arrays_that_are_given(isa: str) -> None:
     np.testing.assert_array_equal(in_place, want)
 
 
+def test_an_avatar_without_bases_does_not_move(isa: str) -> None:
+    shapes = avatar(20, rank=0)
+    still = splat.blend(shapes, np.zeros(0, np.float32), isa=isa)
+    np.testing.assert_array_equal(still.means, shapes.canonical[:3].T)
+    assert splat.blend(shapes, np.zeros((2, 0), np.float32), isa=isa).quats.shape == (2, 20, 4)
+
+
 def test_no_jobs_give_no_frames() -> None:
     assert splat.render_onto([]) == []
 

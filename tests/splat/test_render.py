@@ -1,6 +1,8 @@
 """Drawing: parity with the float64 oracle, and what is promised of odd input."""
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -131,6 +133,23 @@ def test_a_forked_child_has_threads_of_its_own() -> None:
     child.start()
     child.join(20)
     assert child.exitcode == 0
+
+
+def test_where_no_more_threads_can_be_had_those_that_are_there_draw() -> None:
+    code = """
+import resource, numpy as np
+from talksplat import splat
+from talksplat.bench._head import camera, head
+gaussians, (view, intrinsics) = head(50), camera(32, 32)
+views = np.repeat(view[None], 64, 0)
+want, _ = splat.render(*gaussians, views, intrinsics, 32, 32, threads=1)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (24 << 20), -1))  # two stacks of a thread
+for _ in range(3):
+    got, _ = splat.render(*gaussians, views, intrinsics, 32, 32, threads=64)
+    assert np.array_equal(got, want)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
 
 
 def test_drawing_leaves_the_callers_floating_point_mode_alone(isa: str) -> None:

@@ -5,6 +5,7 @@
 #include <exception>
 #include <list>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if defined(__linux__)
@@ -29,8 +30,11 @@ class Pool {
  public:
   void run(Batch& batch) {
     std::unique_lock lock(mutex_);
+    try {
+      while (int(workers_) < batch.max_helpers) start_worker();
+    } catch (const std::system_error&) {  // the system has no more threads to give: those that are there do the work
+    }
     batches_.push_back(&batch);
-    while (int(workers_) < batch.max_helpers) start_worker();
     if (batch.max_helpers > 1) wake_.notify_all();
     else wake_.notify_one();
     work(batch, lock);

@@ -71,7 +71,7 @@ struct Prepared {
 // Memory of one frame in the making; any thread may use it, one at a time.
 struct Scratch {
   Buffer planes, keys, cursor, gathered, bin, rows, quads, tile, moments, sums, ring, maps;
-  Prepared prepared, moving;
+  Prepared prepared;
 };
 
 struct Kernels {
