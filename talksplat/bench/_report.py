@@ -43,7 +43,7 @@ def commit() -> str:
 
 def report(name: str, rows: Sequence[Row], json_path: Path | None) -> None:
     """Print ``rows`` as a table and, where a path is given, write them as JSON."""
-    table = Table(title=f"{name}: {machine()}", title_justify="left")
+    table = Table()
     columns = list(dict.fromkeys(key for row in rows for key in row))
     for column in columns:
         table.add_column(column, justify="right")
@@ -52,7 +52,7 @@ def report(name: str, rows: Sequence[Row], json_path: Path | None) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a log is not cut to 80 columns
-    console.print(table)
+    console.print(f"{name}: {machine()}", table, highlight=False, sep="\n")
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         document = {"machine": machine(), "commit": commit(), "rows": list(rows)}
