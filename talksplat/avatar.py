@@ -24,10 +24,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,7 @@ WEIGHTS = COEFFICIENTS + 1
 MAX_GAUSSIANS = 200_000
 MAX_PLATES = 20_000
 MAX_BYTES = 1 << 30  # of all files together
+MAX_MANIFEST_BYTES = 1 << 20
 MAX_SIZE = 4096  # pixels a side
 
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -64,6 +65,7 @@ _GAUSSIANS, _ADAPTER, _PLATES, _PACK = (
 _FILES = (_GAUSSIANS, _ADAPTER, _PLATES, _PACK)
 
 Float32 = npt.NDArray[np.float32]
+T = TypeVar("T")
 
 
 class BundleError(ValueError):
@@ -79,7 +81,7 @@ class Avatar:
     """One avatar as it lies in its bundle.
 
     Raises:
-        BundleError: on construction, when shapes, dtypes or values do not fit together.
+        BundleError: on construction, when shapes, dtypes, values or plates do not fit together.
     """
 
     id: str
@@ -107,6 +109,7 @@ class Avatar:
                 0 < side <= MAX_SIZE and side % 8 == 0,
                 f"{name} {side} is not a multiple of 8 up to {MAX_SIZE}",
             )
+        _require(self.canonical.ndim == 2, f"canonical is {list(self.canonical.shape)}, expected [{ATTRIBUTES}, N]")
         n, p = self.gaussians, len(self.plates)
         _require(0 < n <= MAX_GAUSSIANS, f"{n} Gaussians, expected 1 to {MAX_GAUSSIANS}")
         _require(0 < p <= MAX_PLATES, f"{p} plates, expected 1 to {MAX_PLATES}")
@@ -117,11 +120,14 @@ class Avatar:
         _check("adapter_out", self.adapter_out, np.float32, (HIDDEN + 1, COEFFICIENTS))
         _check("viewmats", self.viewmats, np.float32, (p, 4, 4))
         _check("K", self.K, np.float32, (3, 3))
+        _require(bool(self.K[0, 0] > 0 and self.K[1, 1] > 0), "K has a focal length that is not positive")
+        for index, plate in enumerate(self.plates):
+            _check_plate(index, plate, self.width, self.height)
 
     @property
     def gaussians(self) -> int:
         """How many Gaussians, N."""
-        return int(self.canonical.shape[-1])
+        return int(self.canonical.shape[1])
 
 
 def check_id(avatar_id: str, error: type[Exception] = ValueError) -> str:
@@ -147,11 +153,9 @@ def write(avatar: Avatar, root: Path) -> Path:
         The bundle's folder.
 
     Raises:
-        BundleError: a plate is no JPEG of the avatar's size, or the bundle is too large.
+        BundleError: the bundle is too large.
         OSError: the disk refused; nothing is left behind.
     """
-    for index, plate in enumerate(avatar.plates):
-        _check_plate(index, plate, avatar.width, avatar.height)
     contents = {
         _GAUSSIANS: _save({"canonical": avatar.canonical, "bases": avatar.bases, "basis_scales": avatar.basis_scales}),
         _ADAPTER: _save({"adapter_in": avatar.adapter_in, "adapter_out": avatar.adapter_out}),
@@ -181,6 +185,7 @@ def write(avatar: Avatar, root: Path) -> Path:
         },
     }
     contents[_MANIFEST] = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+    _require_manifest_size(len(contents[_MANIFEST]))
 
     root.mkdir(parents=True, exist_ok=True)
     target = root / avatar.id
@@ -195,7 +200,11 @@ def write(avatar: Avatar, root: Path) -> Path:
         if target.exists():  # a folder can't be replaced in one call: move the old one aside first
             retired = staging.with_name(staging.name + ".old")
             target.rename(retired)
-            staging.rename(target)
+            try:
+                staging.rename(target)
+            except BaseException:
+                retired.rename(target)
+                raise
             shutil.rmtree(retired)
         else:
             staging.rename(target)
@@ -215,26 +224,14 @@ def read(root: Path, avatar_id: str) -> Avatar:
 
     Raises:
         UnknownAvatarError: there is none, or the id can't name one.
-        BundleError: it is damaged, foreign, too new or too large.
+        BundleError: it is damaged, foreign, too new or too large, or the disk refuses it.
     """
-    with _errors_name(avatar_id):
-        folder, manifest = _open(root, avatar_id)
-        return _load(folder, manifest)
+    return _whole(root, avatar_id, _load)
 
 
 def read_adapter(root: Path, avatar_id: str) -> tuple[Float32, Float32]:
     """Read and check ``adapter_in`` [129, 64] and ``adapter_out`` [65, 20] alone; raises as `read` does."""
-    with _errors_name(avatar_id):
-        folder, manifest = _open(root, avatar_id)
-        contents = _contents(folder, manifest, [_ADAPTER])
-        try:
-            tensors = safetensors.numpy.load(contents[_ADAPTER])
-            adapter_in, adapter_out = tensors["adapter_in"], tensors["adapter_out"]
-        except (SafetensorError, KeyError) as error:
-            raise BundleError(f"{_ADAPTER} is malformed ({error})") from error
-        _check("adapter_in", adapter_in, np.float32, (FEATURES + 1, HIDDEN))
-        _check("adapter_out", adapter_out, np.float32, (HIDDEN + 1, COEFFICIENTS))
-        return adapter_in, adapter_out
+    return _whole(root, avatar_id, _load_adapter)
 
 
 def version(root: Path, avatar_id: str) -> tuple[int, int, int]:
@@ -242,11 +239,14 @@ def version(root: Path, avatar_id: str) -> tuple[int, int, int]:
 
     Raises:
         UnknownAvatarError: there is none, or the id can't name one.
+        BundleError: the disk refuses it.
     """
-    try:
-        status = (root / check_id(avatar_id, UnknownAvatarError) / _MANIFEST).stat()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UnknownAvatarError(f"there is no avatar {avatar_id!r}") from None
+    path = root / check_id(avatar_id, UnknownAvatarError) / _MANIFEST
+    with _errors_name(avatar_id):
+        try:
+            status = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise UnknownAvatarError(f"there is no avatar {avatar_id!r}") from None
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
@@ -254,23 +254,38 @@ def version(root: Path, avatar_id: str) -> tuple[int, int, int]:
 def _errors_name(avatar_id: str) -> Iterator[None]:
     try:
         yield
-    except BundleError as error:
-        raise BundleError(f"avatar {avatar_id!r} can't be read: {error}") from error
+    except (BundleError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error  # the server's paths are nobody's business
+        raise BundleError(f"avatar {avatar_id!r} can't be read: {reason}") from error
+
+
+def _whole(root: Path, avatar_id: str, load: Callable[[Path, dict[str, Any]], T]) -> T:
+    """What ``load`` makes of folder and manifest; once more if the bundle was replaced between two of its files."""
+    while True:
+        found = version(root, avatar_id)
+        try:
+            with _errors_name(avatar_id):
+                return load(*_open(root, avatar_id))
+        except BundleError:
+            if version(root, avatar_id) == found:
+                raise
 
 
 def _open(root: Path, avatar_id: str) -> tuple[Path, dict[str, Any]]:
-    folder = root / check_id(avatar_id, UnknownAvatarError)
-    try:
-        text = (folder / _MANIFEST).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UnknownAvatarError(f"there is no avatar {avatar_id!r}") from None
-    return folder, _manifest(text, avatar_id)
+    folder = root / avatar_id
+    path = folder / _MANIFEST
+    _require_manifest_size(path.stat().st_size)
+    return folder, _manifest(path.read_bytes(), avatar_id)
+
+
+def _require_manifest_size(size: int) -> None:
+    _require(size <= MAX_MANIFEST_BYTES, f"{_MANIFEST} is {size} bytes, at most {MAX_MANIFEST_BYTES} are read")
 
 
 def _manifest(text: bytes, avatar_id: str) -> dict[str, Any]:
     try:
         manifest = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{_MANIFEST} is not JSON ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BundleError(f'{_MANIFEST} is not of format "{FORMAT}": something else wrote it')
@@ -347,6 +362,18 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Avatar:
         raise BundleError(f"a tensor file is malformed ({error})") from error
     except (KeyError, TypeError) as error:
         raise BundleError(f"a tensor file holds other tensors than expected ({error})") from error
+
+
+def _load_adapter(folder: Path, manifest: dict[str, Any]) -> tuple[Float32, Float32]:
+    contents = _contents(folder, manifest, [_ADAPTER])
+    try:
+        tensors = safetensors.numpy.load(contents[_ADAPTER])
+        adapter_in, adapter_out = tensors["adapter_in"], tensors["adapter_out"]
+    except (SafetensorError, KeyError) as error:
+        raise BundleError(f"{_ADAPTER} is malformed ({error})") from error
+    _check("adapter_in", adapter_in, np.float32, (FEATURES + 1, HIDDEN))
+    _check("adapter_out", adapter_out, np.float32, (HIDDEN + 1, COEFFICIENTS))
+    return adapter_in, adapter_out
 
 
 def _check_plate(index: int, plate: bytes | memoryview, width: int, height: int) -> None:

@@ -155,6 +155,8 @@ def test_an_absent_avatar_is_unknown(tmp_path: Path) -> None:
         ({"canonical": np.full((14, 5), np.nan, np.float32)}, "NaN"),
         ({"adapter_in": np.zeros((129, 64))}, "float64"),
         ({"plates": []}, "0 plates"),
+        ({"canonical": np.zeros((), np.float32)}, "canonical is"),
+        ({"K": np.zeros((3, 3), np.float32)}, "focal length"),
         ({"width": 20}, "multiple of 8"),
     ],
 )
@@ -163,11 +165,64 @@ def test_arrays_that_do_not_fit_together_are_refused(change: dict[str, Any], rea
         make(**change)
 
 
-@pytest.mark.parametrize("plates", [[b"GIF89a"], [simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8))]])
-def test_plates_that_are_no_jpeg_of_the_size_are_not_written(tmp_path: Path, plates: list[bytes]) -> None:
+@pytest.mark.parametrize("plate", [b"GIF89a", simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8))])
+def test_plates_that_are_no_jpeg_of_the_size_are_refused(plate: bytes) -> None:
     with pytest.raises(BundleError, match="plate 0"):
-        bundle.write(make(plates=plates, viewmats=np.eye(4, dtype=np.float32)[None]), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        make(plates=[plate], viewmats=np.eye(4, dtype=np.float32)[None])
+
+
+def test_a_manifest_that_is_huge_or_deep_is_refused(folder: Path) -> None:
+    for text, reason in (
+        ("[" * 200_000, "not JSON"),
+        (" " * (bundle.MAX_MANIFEST_BYTES + 1), "at most 1048576 are read"),
+    ):
+        (folder / "avatar.json").write_text(text)
+        with pytest.raises(BundleError, match=reason):
+            bundle.read(folder.parent, "kim")
+    with pytest.raises(BundleError, match="at most 1048576 are read"):
+        bundle.write(make(provenance={"source": "x" * bundle.MAX_MANIFEST_BYTES}), folder.parent)
+
+
+def test_what_the_disk_refuses_is_a_bundle_that_cannot_be_read(folder: Path) -> None:
+    manifest = folder / "avatar.json"
+    manifest.unlink()
+    manifest.mkdir()
+    with pytest.raises(BundleError, match="'kim' can't be read: Is a directory"):
+        bundle.read_adapter(folder.parent, "kim")
+    manifest.rmdir()
+    manifest.symlink_to(manifest)
+    with pytest.raises(BundleError, match="'kim' can't be read: Too many levels"):
+        bundle.version(folder.parent, "kim")
+
+
+def test_a_bundle_that_is_replaced_while_it_is_read_is_read_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = bundle._contents
+
+    def replaced(*arguments: Any) -> dict[str, bytes]:
+        monkeypatch.setattr(bundle, "_contents", sound)
+        bundle.write(make(n=7), folder.parent)  # the manifest that was read is of the old one
+        return sound(*arguments)
+
+    monkeypatch.setattr(bundle, "_contents", replaced)
+    assert bundle.read(folder.parent, "kim").gaussians == 7
+
+
+def test_an_interrupt_between_the_two_renames_keeps_the_old_bundle(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, moves = Path.rename, []
+
+    def interrupted(self: Path, target: Path) -> Path:
+        moves.append(target)
+        if len(moves) == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bundle.write(make(n=7), folder.parent)
+    assert bundle.read(folder.parent, "kim").gaussians == 5
+    assert list(folder.parent.iterdir()) == [folder]
 
 
 def test_the_committed_avatar_belongs_to_the_committed_audio_encoder() -> None:
