@@ -150,10 +150,7 @@ class Animator:
                         loaded[chunk.avatar] = error
                 drawn.append(self._draw(chunk, loaded[chunk.avatar]))
             for frames in drawn:
-                try:
-                    results.append(frames if isinstance(frames, Exception) else [frame.result() for frame in frames])
-                except Exception as error:
-                    results.append(error)
+                results.append(frames if isinstance(frames, Exception) else _outcome(frames))
         return results
 
     def preload(self, avatar_id: str) -> dict[str, Any]:
@@ -318,6 +315,12 @@ def _taps(old: int, new: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp
     place = np.clip((np.arange(new) + 0.5) * (old / new) - 0.5, 0, old - 1)
     low = place.astype(np.intp)
     return low, np.minimum(low + 1, old - 1), (place - low).astype(np.float32)
+
+
+def _outcome(frames: Sequence[Future[bytes]]) -> list[bytes] | Exception:
+    """A chunk's frames, or the first error; either way none of them is being drawn any more."""
+    errors = [error for frame in frames if isinstance(error := frame.exception(), Exception)]
+    return errors[0] if errors else [frame.result() for frame in frames]
 
 
 def _weights(chunk: Chunk) -> Float32:  # [4, 21]

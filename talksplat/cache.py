@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -26,7 +27,7 @@ class _Entry(Generic[T]):
     value: T
     version: object
     bytes: int
-    checked: float
+    checked: float = -math.inf  # when its bundle was last looked at
     users: int = 0
 
 
@@ -41,7 +42,7 @@ class AvatarCache(Generic[T]):
         load: reads one avatar; raises UnknownAvatarError or BundleError.
         size: the bytes that a loaded avatar takes.
         max_bytes: of all together; exceeded only by avatars that are in use and by a single one above it.
-        dropped: is told of every avatar that leaves the cache.
+        dropped: is told of every avatar that has left the cache and is no longer in use.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class AvatarCache(Generic[T]):
         self._size = size
         self._dropped = dropped
         self._entries: OrderedDict[str, _Entry[T]] = OrderedDict()
+        self._left: list[_Entry[T]] = []  # the cache, but not the hands of their users yet
         self._lock = threading.Lock()  # of the entries, held for moments
         self._loading = threading.Lock()  # one bundle is read at a time, and none twice
 
@@ -73,23 +75,18 @@ class AvatarCache(Generic[T]):
             UnknownAvatarError: there is none.
             BundleError: its bundle can't be read.
         """
-        entry = None if strict else self._fresh(avatar_id)
+        entry = None if strict else self._acquire(avatar_id, CHECK_SECONDS)
         if entry is None:
             entry = self._refresh(avatar_id, strict)
         try:
             yield entry.value
         finally:
-            with self._lock:
-                entry.users -= 1
-            self._evict()
+            self._release(entry)
 
     def drop(self, avatar_id: str) -> bool:
         """Forget an avatar; whether it was loaded. Who uses it now keeps it to the end."""
-        with self._lock:
-            entry = self._entries.pop(avatar_id, None)
-        if entry is not None:
-            self._dropped(entry.value)
-        return entry is not None
+        with self._loading:
+            return self._drop(avatar_id)
 
     def ids(self) -> list[str]:
         """The loaded ones, least recently used first."""
@@ -102,56 +99,77 @@ class AvatarCache(Generic[T]):
         with self._lock:
             return sum(entry.bytes for entry in self._entries.values())
 
-    def _fresh(self, avatar_id: str) -> _Entry[T] | None:
-        """A loaded avatar whose bundle was looked at a moment ago, with one user more."""
+    def _acquire(self, avatar_id: str, max_age: float) -> _Entry[T] | None:
+        """A loaded avatar, with one user more, if its bundle was looked at in the last ``max_age`` seconds."""
         with self._lock:
             entry = self._entries.get(avatar_id)
-            if entry is None or time.monotonic() - entry.checked > CHECK_SECONDS:
+            if entry is None or time.monotonic() - entry.checked > max_age:
                 return None
             self._entries.move_to_end(avatar_id)
             entry.users += 1
             return entry
 
+    def _release(self, entry: _Entry[T]) -> None:
+        with self._lock:
+            entry.users -= 1
+        self._let_go()
+
     def _refresh(self, avatar_id: str, strict: bool) -> _Entry[T]:
         with self._loading:
-            entry = None if strict else self._fresh(avatar_id)  # another thread may have been faster
-            if entry is not None:
-                return entry
-            with self._lock:
-                old = self._entries.get(avatar_id)
+            if not strict and (entry := self._acquire(avatar_id, CHECK_SECONDS)) is not None:
+                return entry  # another thread was faster
+            old = self._acquire(avatar_id, math.inf)  # so that nobody evicts it meanwhile
             try:
-                version = self._version(avatar_id)
-                if old is None or old.version != version:
-                    value = self._load(self.root, avatar_id)
-                    entry = _Entry(value, version, self._size(value), time.monotonic())
+                new = self._newest(avatar_id, old, strict)
+                with self._lock:
+                    new.checked = time.monotonic()
+                    new.users += 1
+                    self._entries[avatar_id] = new
+                    self._entries.move_to_end(avatar_id)
+                    if old is not None and old is not new:
+                        self._left.append(old)
             except bundle.UnknownAvatarError:
-                self.drop(avatar_id)
+                self._drop(avatar_id)
                 raise
-            except bundle.BundleError as error:
-                if old is None or strict:
-                    raise
-                _log.warning("the loaded version is served on, since %s", error)
-            with self._lock:
-                new = entry or old
-                assert new is not None
-                new.checked = time.monotonic()
-                new.users += 1
-                self._entries[avatar_id] = new
-                self._entries.move_to_end(avatar_id)
-            if old is not None and new is not old:
-                self._dropped(old.value)
-        self._evict()
+            finally:
+                if old is not None:
+                    self._release(old)
+        self._let_go()
         return new
 
-    def _version(self, avatar_id: str) -> object:
+    def _newest(self, avatar_id: str, old: _Entry[T] | None, strict: bool) -> _Entry[T]:
+        """The version on disk: ``old`` if that is it, or if that one is broken and need not be told."""
+        try:
+            version = self._version(avatar_id, patient=old is not None)
+            if old is not None and old.version == version:
+                return old
+            value = self._load(self.root, avatar_id)
+        except bundle.BundleError as error:
+            if old is None or strict:
+                raise
+            _log.warning("the loaded version is served on, since %s", error)
+            return old
+        return _Entry(value, version, self._size(value))
+
+    def _version(self, avatar_id: str, patient: bool) -> object:
         try:
             return bundle.version(self.root, avatar_id)
         except bundle.UnknownAvatarError:
+            if not patient:
+                raise
             time.sleep(0.01)  # a writer may be between moving the old bundle away and the new one in
             return bundle.version(self.root, avatar_id)
 
-    def _evict(self) -> None:
-        evicted = []
+    def _drop(self, avatar_id: str) -> bool:
+        with self._lock:
+            entry = self._entries.pop(avatar_id, None)
+            if entry is not None:
+                self._left.append(entry)
+        self._let_go()
+        return entry is not None
+
+    def _let_go(self) -> None:
+        """Evict what is above the budget, and part with what has left and has no user any more."""
         with self._lock:
             excess = sum(entry.bytes for entry in self._entries.values()) - self.max_bytes
             for avatar_id in list(self._entries)[:-1]:  # the latest stays, whatever its size
@@ -159,7 +177,9 @@ class AvatarCache(Generic[T]):
                 if excess <= 0:
                     break
                 if entry.users == 0:
-                    evicted.append(self._entries.pop(avatar_id))
+                    self._left.append(self._entries.pop(avatar_id))
                     excess -= entry.bytes
-        for entry in evicted:
+            unused = [entry for entry in self._left if entry.users == 0]
+            self._left = [entry for entry in self._left if entry.users > 0]
+        for entry in unused:
             self._dropped(entry.value)

@@ -77,18 +77,19 @@ def test_each_chunk_gets_its_own_frames_or_its_own_error(animator: Animator, roo
         assert results[number] == animator.render([asked[number]])[0]
 
 
-def test_a_plate_that_is_no_jpeg_fails_its_frames_only(root: Path) -> None:
+def test_a_plate_that_is_damaged_fails_its_frames_only(root: Path) -> None:
     avatar = make_avatar("sly")
     folder = bundle.write(avatar, root)
     data = (folder / "plates.bin").read_bytes()
-    broken = bytes(len(data))
+    scans = [bytes(plate).index(b"\xff\xda") for plate in avatar.plates]  # the pixels, after a header of 14 bytes
+    broken = b"".join(bytes(p[: scan + 14]).ljust(len(p), b"\0") for p, scan in zip(avatar.plates, scans, strict=True))
     (folder / "plates.bin").write_bytes(broken)
     manifest = (folder / "avatar.json").read_text()
     sound, other = (hashlib.sha256(each).hexdigest() for each in (data, broken))
     (folder / "avatar.json").write_text(manifest.replace(sound, other))
     failed, drawn = Animator(root).render([chunk("sly"), chunk("red")])
     assert isinstance(failed, BundleError)
-    assert "plate" in str(failed)
+    assert "can't be decoded" in str(failed)
     assert isinstance(drawn, list)
 
 

@@ -1,5 +1,7 @@
+import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -151,3 +153,46 @@ def test_many_threads_get_the_right_avatars_within_the_budget(root: Path) -> Non
     assert wrong == []
     assert counted.cache.bytes == SIZE
     assert len(counted.loads) == len(counted.dropped) + 1
+
+
+def test_what_is_in_use_is_parted_with_by_its_last_user(root: Path) -> None:
+    counted = Counted(root)
+    with counted.cache.use("red"):
+        with counted.cache.use("red"):
+            assert counted.cache.drop("red")
+            assert counted.cache.ids() == []
+            assert counted.touch("red").id == "red"
+        assert counted.dropped == []
+    assert counted.dropped == ["red"]
+    assert counted.loads == ["red", "red"]
+
+
+def test_an_avatar_that_was_never_there_is_refused_without_a_pause(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody can ask for one, and who else waits in the meantime has done nothing wrong."""
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it paused"))
+    with pytest.raises(UnknownAvatarError):
+        Counted(root).touch("nobody")
+
+
+@pytest.mark.usefixtures("always_look")
+def test_avatars_that_are_used_replaced_and_dropped_at_once_are_all_parted_with(root: Path) -> None:
+    counted = Counted(root, max_bytes=SIZE)
+
+    def use(names: list[str]) -> None:
+        for name in names * 15:
+            with counted.cache.use(name) as avatar:
+                assert avatar.id == name
+
+    def drop() -> None:
+        for _ in range(30):
+            counted.cache.drop("red")
+
+    def replace() -> None:
+        for _ in range(8):
+            os.utime(root / "green" / "avatar.json")  # another version
+
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(use, ["red", "green"]), pool.submit(use, ["green", "red"])]
+        for job in [*jobs, pool.submit(drop), pool.submit(replace)]:
+            job.result()
+    assert len(counted.loads) == len(counted.dropped) + len(counted.cache.ids())
