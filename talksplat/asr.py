@@ -51,7 +51,7 @@ class Transcriber:
         """The words that are spoken, with punctuation; empty where nobody speaks.
 
         Raises:
-            ValueError: the audio is empty, too long, or not finite; see `talksplat.framing.windows`.
+            RequestError: the audio is empty, too long, or not finite; see `talksplat.framing.windows`.
         """
         speech = self.networks.vad(framing.windows(audio)).reshape(-1)
         texts = (self._decode(audio[span]) for span in spans(speech, len(audio)))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -175,9 +176,16 @@ def test_audio_that_makes_no_sense_is_refused(audio: Any, reason: str) -> None:
         transcriber(Script(asr.EOS))[0](audio.astype(np.float32))
 
 
-def test_the_networks_can_run_as_tritons_own_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_networks_can_run_as_tritons_own_models(tmp_path: Path) -> None:
     """model.py of `asr` with the parameter networks = triton, on a fake `triton_python_backend_utils`."""
     decoder, asked = Script(3, 4, asr.EOS), []
+
+    class TritonError(Exception):
+        INVALID_ARG, INTERNAL = 1, 2
+
+        def __init__(self, message: str, code: int) -> None:
+            super().__init__(message)
+            self.code = code
 
     class Request:
         def __init__(self, model_name: str, inputs: list[Any], requested_output_names: list[str]) -> None:
@@ -187,6 +195,8 @@ def test_the_networks_can_run_as_tritons_own_models(monkeypatch: pytest.MonkeyPa
                 outputs: Sequence[Any] = [np.ones((len(arrays["AUDIO"]), clock.CHUNK_FRAMES), np.float32)]
             elif model_name == "asr_encoder":
                 outputs = [CROSS]
+            elif len(decoder.heard) == 3:
+                raise ValueError("the decoder has said all")  # no fault of the request's
             else:
                 outputs = decoder(arrays["TOKEN"], arrays["CROSS_KV"], arrays["PAST_KV"])
             self.outputs = dict(zip(requested_output_names, outputs, strict=True))
@@ -199,15 +209,16 @@ def test_the_networks_can_run_as_tritons_own_models(monkeypatch: pytest.MonkeyPa
 
     fake: Any = ModuleType("triton_python_backend_utils")
     fake.Tensor, fake.InferenceRequest = tensor, Request
-    fake.InferenceResponse = lambda outputs: outputs
+    fake.InferenceResponse = lambda outputs=None, error=None: error or outputs
+    fake.TritonError = TritonError
     fake.get_input_tensor_by_name = lambda request, name: tensor(name, request[name])
     fake.get_output_tensor_by_name = lambda response, name: tensor(name, response.outputs[name])
-    monkeypatch.setitem(sys.modules, fake.__name__, fake)
     spec = importlib.util.spec_from_file_location("asr_model", ROOT / "model_repository" / "asr" / "1" / "model.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with mock.patch.dict(sys.modules, {fake.__name__: fake}):  # talksplat.triton is forgotten afterwards, too
+        spec.loader.exec_module(module)
 
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "tokenizer.bin").write_bytes(table("<unk>", "<s>", "</s>", "▁yes", "▁no"))
@@ -217,6 +228,10 @@ def test_the_networks_can_run_as_tritons_own_models(monkeypatch: pytest.MonkeyPa
     ((text,),) = model.execute([{"AUDIO": np.zeros(8000, np.float32)}])
     assert text.array.tolist() == [b"yes no"]
     assert asked == ["vad", "asr_encoder", *["asr_decoder"] * 3]
+
+    unusable, failed = model.execute([{"AUDIO": np.zeros(0, np.float32)}, {"AUDIO": np.zeros(8000, np.float32)}])
+    assert (unusable.code, failed.code) == (TritonError.INVALID_ARG, TritonError.INTERNAL)
+    assert str(failed) == "The decoder has said all."
 
 
 # The real server

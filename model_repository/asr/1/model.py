@@ -11,6 +11,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from talksplat import asr
+from talksplat.triton import array, failure, response
 
 
 class TritonPythonModel:
@@ -40,18 +41,11 @@ class TritonPythonModel:
         return [self._respond(request) for request in requests]
 
     def _respond(self, request: Any) -> Any:
-        audio = pb_utils.get_input_tensor_by_name(request, "AUDIO").as_numpy()
         try:
-            text = self.transcribe(audio)
-        except ValueError as error:
-            return _error(str(error), pb_utils.TritonError.INVALID_ARG)
+            text = self.transcribe(array(request, "AUDIO"))
         except Exception as error:
-            return _error(f"asr could not transcribe: {error}", pb_utils.TritonError.INTERNAL)
-        return pb_utils.InferenceResponse([pb_utils.Tensor("TEXT", np.array([text.encode()], np.object_))])
-
-
-def _error(message: str, code: int) -> Any:
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+            return failure(error)
+        return response(TEXT=np.array([text.encode()], np.object_))
 
 
 def _through_triton() -> asr.Networks:
@@ -60,10 +54,10 @@ def _through_triton() -> asr.Networks:
     def run(model: str, outputs: list[str], **inputs: Any) -> list[Any]:
         tensors = [pb_utils.Tensor(name, array) for name, array in inputs.items()]
         request = pb_utils.InferenceRequest(model_name=model, inputs=tensors, requested_output_names=outputs)
-        response = request.exec()
-        if response.has_error():
-            raise pb_utils.TritonModelException(f"{model} failed: {response.error().message()}")
-        return [pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in outputs]
+        answer = request.exec()
+        if answer.has_error():
+            raise pb_utils.TritonModelException(f"{model} failed: {answer.error().message()}")
+        return [pb_utils.get_output_tensor_by_name(answer, name).as_numpy() for name in outputs]
 
     def step(token: Any, cross: Any, past: Any) -> tuple[Any, Any]:
         logits, present = run("asr_decoder", ["LOGITS", "PRESENT_KV"], TOKEN=token, CROSS_KV=cross, PAST_KV=past)

@@ -35,7 +35,7 @@ class TritonPythonModel:
     def _look_up(self, request: Any) -> Any:
         try:
             heads = [self._head(avatar_id) for avatar_id in avatar_ids(request)]
-        except (bundle.UnknownAvatarError, bundle.BundleError) as error:
+        except Exception as error:
             return failure(error)
         adapter_in, adapter_out = (np.stack(tensors) for tensors in zip(*heads, strict=True))
         return response(ADAPTER_IN=adapter_in, ADAPTER_OUT=adapter_out)

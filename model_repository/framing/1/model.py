@@ -21,12 +21,9 @@ class TritonPythonModel:
     def _cut(self, request: Any) -> Any:
         try:
             windows = framing.windows(array(request, "AUDIO"))
-        except framing.RequestError as error:
+            count = len(windows)
+            indices = array(request, "FRAME_INDEX") + clock.CHUNK_FRAMES * np.arange(count, dtype=np.int64)
+            avatars = np.repeat(array(request, "AVATAR")[None], count, axis=0)
+        except Exception as error:
             return failure(error)
-        count = len(windows)
-        indices = array(request, "FRAME_INDEX") + clock.CHUNK_FRAMES * np.arange(count, dtype=np.int64)
-        return response(
-            WINDOWS=windows,
-            AVATARS=np.repeat(array(request, "AVATAR")[None], count, axis=0),
-            FRAME_INDICES=indices[:, None],
-        )
+        return response(WINDOWS=windows, AVATARS=avatars, FRAME_INDICES=indices[:, None])
