@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except ServerError as error:
+    except (ServerError, bundle.BundleError, bundle.UnknownAvatarError, OSError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(f"talksplat-server: {error}")
         return 1
     except KeyboardInterrupt:

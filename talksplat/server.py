@@ -4,14 +4,15 @@
         client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
 
 The wheel carries the server, its Python backend and one backend stub a CPython version; the ONNX Runtime backend is
-this project's own (``backends/onnxruntime``). A started server has answered a real request through every model:
-Triton's readiness alone says little, since it stays true when a backend stub is dead.
+this project's own (``backends/onnxruntime``). A started server has answered a real request from audio to text and
+frames: Triton's readiness alone says little, since it stays true when a backend stub is dead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import http.client
 import importlib.util
 import os
 import re
@@ -24,7 +25,6 @@ import sysconfig
 import tempfile
 import threading
 import time
-import urllib.request
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
 STUB = "triton_python_backend_stub"
 SHARED_MEMORY = Path("/dev/shm")
+NO_PROXY = [("grpc.enable_http_proxy", 0)]  # which gRPC would ask even for this machine
 TAIL = 15  # lines of the log that a failed start shows
 
 
@@ -100,9 +101,10 @@ class Ports:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
                     probe.bind((HOST, port))
-                except OSError as error:
+                except (OSError, OverflowError) as error:
+                    reason = error.strerror if isinstance(error, OSError) else "there is none beyond 65535"
                     raise PortInUseError(
-                        f"Port {port} ({name}) can't be used ({error.strerror}): stop what listens there, "
+                        f"Port {port} ({name}) can't be used ({reason}): stop what listens there, "
                         f"or choose others with --{name}-port or --free-ports."
                     ) from error
 
@@ -114,7 +116,8 @@ class Server:
         repository: the model repository, with the exported models in it.
         avatars: the folder of the avatar bundles.
         ports: where to listen.
-        run_dir: keeps the log, ``triton.log``; by default a temporary folder that a clean stop removes.
+        run_dir: keeps the log, ``triton.log``, and the one before it; by default a temporary folder that a clean stop
+            removes.
         start_timeout: seconds until the first canary must have been answered.
     """
 
@@ -174,6 +177,7 @@ class Server:
 
         Raises:
             ServerError: one of its kinds; nothing is left running.
+            OSError: the log can't be written.
         """
         wheel = _Wheel.find()
         _require_models(self.repository)
@@ -217,7 +221,7 @@ class Server:
         return total
 
     def canary(self, timeout: float) -> None:
-        """Send a real request through every model.
+        """Send a real request, from audio to text and frames.
 
         Without a sound avatar only the speech recognition can be asked.
 
@@ -234,7 +238,7 @@ class Server:
             index.set_data_from_numpy(np.zeros(1, np.int64))
             inputs, model = [audio, name, index], "speech_to_animation"
         try:
-            with triton.InferenceServerClient(self.grpc_url) as client:
+            with triton.InferenceServerClient(self.grpc_url, channel_args=NO_PROXY) as client:
                 client.infer(model, inputs, client_timeout=timeout)
         except InferenceServerException as error:
             raise NotServingError(f"The canary through {model} failed: {error.message()}") from error
@@ -288,14 +292,14 @@ class Server:
         ]
 
     def _wait_until_serving(self, deadline: float) -> None:
-        while not _answers(f"http://{self.http_url}/v2/health/ready"):
+        while not _is_ready(self.ports.http):
             assert self._process is not None
             if (code := self._process.poll()) is not None:
                 raise StartError(f"tritonserver ended with {code} while starting.{self._reasons()}")
             if time.monotonic() > deadline:
                 raise StartError(f"tritonserver was not ready after {self.start_timeout:g} s.{self._reasons()}")
             time.sleep(0.05)
-        self._stubs = [process for process in self._processes() if _is_stub(process.name())]
+        self._stubs = [process for process in self._processes() if _is_stub(process)]
         try:
             self.canary(max(1.0, deadline - time.monotonic()))
         except NotServingError as error:
@@ -328,7 +332,8 @@ class Server:
             self._log = None
         _remove_regions(self._shm_prefix)
         if self._temporary is not None:
-            shutil.rmtree(self._temporary / "backends" if keep_log else self._temporary, ignore_errors=True)
+            log_inside = keep_log and self.run_dir is None
+            shutil.rmtree(self._temporary / "backends" if log_inside else self._temporary, ignore_errors=True)
             self._temporary = None
 
 
@@ -386,7 +391,10 @@ class _Log:
         self.path = path
         self._tail: deque[str] = deque(maxlen=TAIL)
         self._errors: deque[str] = deque(maxlen=TAIL)
-        self._thread = threading.Thread(target=self._copy, args=(stream,), name="triton-log", daemon=True)
+        with contextlib.suppress(FileNotFoundError):
+            path.replace(path.with_suffix(".previous.log"))  # it says why the server had to be started again
+        file = path.open("w", buffering=1)
+        self._thread = threading.Thread(target=self._copy, args=(stream, file), name="triton-log", daemon=True)
         self._thread.start()
 
     def reasons(self) -> str:
@@ -398,8 +406,8 @@ class _Log:
     def close(self) -> None:
         self._thread.join(5)
 
-    def _copy(self, stream: IO[str]) -> None:
-        with stream, self.path.open("w", buffering=1) as file:
+    def _copy(self, stream: IO[str], file: IO[str]) -> None:
+        with stream, file:
             for raw in stream:
                 line = readable(raw)
                 if line is None:
@@ -471,12 +479,15 @@ def _require_models(repository: Path) -> None:
         raise MissingModelsError(f"{repository} lacks the exported model of {', '.join(missing)}: run `make models`.")
 
 
-def _answers(url: str) -> bool:
+def _is_ready(port: int) -> bool:
+    connection = http.client.HTTPConnection(HOST, port, timeout=1)  # goes through no proxy, whatever the environment
     try:
-        with urllib.request.urlopen(url, timeout=1) as response:
-            return bool(response.status == 200)
-    except OSError:
+        connection.request("GET", "/v2/health/ready")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
         return False
+    finally:
+        connection.close()
 
 
 def _is_alive(process: psutil.Process) -> bool:
@@ -495,10 +506,11 @@ def _remove_abandoned() -> None:
     """Regions of launchers that were killed before they could clean up, and stubs that still wait for their server."""
     for region in SHARED_MEMORY.glob("talksplat-*"):
         if _is_abandoned(region.name):
-            region.unlink(missing_ok=True)
-    for process in psutil.process_iter(["name", "cmdline"]):
-        if _is_stub(process.info["name"]) and any(map(_is_abandoned, process.info["cmdline"] or ())):
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(OSError):  # another user's, who will see to it
+                region.unlink()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if _is_stub(process) and any(map(_is_abandoned, process.cmdline())):
                 process.kill()
 
 
@@ -507,5 +519,8 @@ def _is_abandoned(region: str) -> bool:
     return found is not None and not psutil.pid_exists(int(found[1]))
 
 
-def _is_stub(name: str) -> bool:
-    return name.startswith(STUB[:15])  # the kernel keeps no more of it
+def _is_stub(process: psutil.Process) -> bool:
+    try:
+        return bool(process.name().startswith(STUB[:15]))  # the kernel keeps no more of it
+    except psutil.Error:  # it has just ended
+        return False

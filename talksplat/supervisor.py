@@ -1,7 +1,7 @@
 """Keeps an embedded server serving: starts it again when one of its processes dies or hangs.
 
 Triton can't be asked how it is: when a backend stub is killed, the server stays "ready" and never starts it again. So
-the processes themselves are looked at, which finds a death at once, and a canary request goes through every model,
+the processes themselves are looked at, which finds a death at once, and a canary request goes from audio to frames,
 which finds what only looks alive.
 """
 
@@ -42,7 +42,7 @@ class Supervisor:
             serving: is called each time the server has begun to serve.
 
         Raises:
-            ServerError: the first start failed: that is a matter of configuration, not of bad luck.
+            ServerError, OSError: the first start failed: that is a matter of configuration, not of bad luck.
         """
         try:
             self._server.start()
@@ -66,7 +66,7 @@ class Supervisor:
             time.sleep(delay)
             try:
                 self._server.start()
-            except ServerError as error:
+            except (ServerError, OSError) as error:  # a full disk, too, may be mended
                 self._say(str(error))
             else:
                 return

@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print, and write where ``--json`` says."""
     rounds = 3 if arguments.quick else 12
     scenes = QUICK_SCENES if arguments.quick else SCENES
+    served = _Scene.avatar(arguments.avatar)
     rows: list[Row] = []
     with Progress(transient=True) as progress:
         task = progress.add_task("splat", total=len(scenes) + 3)
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
             progress.advance(task)
         rows += _still(_Scene.head(*BACKWARD_SCENE), rounds, modes=("exact",))
         progress.advance(task)
-        rows += _still(_Scene.avatar(arguments.avatar), rounds)
+        rows += _still(served, rounds)
         progress.advance(task)
         rows += _dirty(*DIRTY_SCENE, rounds)
         progress.advance(task)

@@ -1,7 +1,6 @@
 """Starting, dying and stopping, for real: `talksplat-server up` as a process of its own."""
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ import psutil
 import pytest
 from make_avatar import write_avatar
 
+from talksplat import cli
 from talksplat import server as server_module
 from talksplat.server import (
     ROOT,
@@ -132,6 +132,12 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
             Server(avatars=tmp_path, ports=ports).start()
 
 
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_does_not_exist_is_named(tmp_path: Path, port: int) -> None:
+    with pytest.raises(PortInUseError, match=rf"Port {port} \(grpc\)"):
+        Server(avatars=tmp_path, ports=Ports(http=0, grpc=port)).start()
+
+
 def test_missing_models_are_named_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "vad" / "1").mkdir(parents=True)
     (tmp_path / "vad" / "config.pbtxt").write_text((ROOT / "model_repository/vad/config.pbtxt").read_text())
@@ -163,14 +169,49 @@ def test_a_model_that_fails_to_load_is_shown(tmp_path: Path) -> None:
         server.start()
     assert server.pid is None
     assert "no such luck" in (tmp_path / "run" / "triton.log").read_text()
+    with pytest.raises(StartError, match="no such luck"):
+        server.start()
+    assert "no such luck" in (tmp_path / "run" / "triton.previous.log").read_text()
     assert not list(server_module.SHARED_MEMORY.glob(f"talksplat-{os.getpid()}-{server.ports.grpc}-*"))
 
 
-def test_the_command_fails_with_one_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "talksplat.cli", "up", "--repository", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 1
-    assert re.fullmatch(r"talksplat-server: .* is no model repository.*\n", result.stderr)
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["up", "--repository", "."], "is no model repository"),
+        (["up", "--free-ports", "--run-dir", "a_file/run"], "Not a directory: 'a_file/run'"),
+        (["bench", "splat", "--quick", "--avatar", "./nobody"], "there is no avatar 'nobody'"),
+    ],
+)
+def test_the_command_fails_with_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    reason: str,
+) -> None:
+    (tmp_path / "a_file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("talksplat-server: ")
+    assert error.count("\n") == 1
+    assert reason in error
+
+
+def test_what_a_killed_launcher_left_is_removed_and_what_a_living_one_uses_is_not() -> None:
+    with subprocess.Popen(["true"]) as launcher:
+        pass
+    dead, alive = (server_module.SHARED_MEMORY / f"talksplat-{pid}-1-test" for pid in (launcher.pid, os.getpid()))
+    try:
+        dead.touch()
+        alive.touch()
+        server_module._remove_abandoned()
+        assert not dead.exists()
+        assert alive.exists()
+    finally:
+        alive.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
