@@ -140,8 +140,8 @@ class Server:
         self._temporary: Path | None = None
         self._log: _Log | None = None
         self._canary_avatar: tuple[str, object] | None = None  # and the version that was sound
-        # the launcher's id lets a later one clean up after a launcher that was killed
-        self._shm_prefix = f"talksplat-{os.getpid()}-{ports.grpc}-"
+        # of shared memory and temporary folder: by the launcher's id a later one knows what a killed one has left
+        self._prefix = f"talksplat-{os.getpid()}-{ports.grpc}-"
 
     @property
     def http_url(self) -> str:
@@ -255,7 +255,7 @@ class Server:
         return None
 
     def _launch(self, wheel: _Wheel) -> None:
-        self._temporary = Path(tempfile.mkdtemp(prefix="talksplat-"))
+        self._temporary = Path(tempfile.mkdtemp(prefix=self._prefix))
         backends = self._temporary / "backends"
         wheel.assemble(backends)
         run_dir = self.run_dir or self._temporary
@@ -288,7 +288,7 @@ class Server:
             f"--metrics-port={self.ports.metrics}",
             f"--exit-timeout-secs={_EXIT_SECONDS}",
             "--disable-auto-complete-config",  # a config says what it means, and the start is faster
-            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={self._prefix}",
         ]
 
     def _wait_until_serving(self, deadline: float) -> None:
@@ -330,7 +330,7 @@ class Server:
         if self._log is not None:
             self._log.close()
             self._log = None
-        _remove_regions(self._shm_prefix)
+        _remove_regions(self._prefix)
         if self._temporary is not None:
             log_inside = keep_log and self.run_dir is None
             shutil.rmtree(self._temporary / "backends" if log_inside else self._temporary, ignore_errors=True)
@@ -503,7 +503,10 @@ def _remove_regions(prefix: str) -> None:
 
 
 def _remove_abandoned() -> None:
-    """Regions of launchers that were killed before they could clean up, and stubs that still wait for their server."""
+    """What launchers left that were killed: folders, regions, and stubs that still wait for their server."""
+    for folder in Path(tempfile.gettempdir()).glob("talksplat-*"):
+        if _is_abandoned(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
     for region in SHARED_MEMORY.glob("talksplat-*"):
         if _is_abandoned(region.name):
             with contextlib.suppress(OSError):  # another user's, who will see to it
@@ -514,8 +517,8 @@ def _remove_abandoned() -> None:
                 process.kill()
 
 
-def _is_abandoned(region: str) -> bool:
-    found = re.match(r"talksplat-(\d+)-\d+-", region)
+def _is_abandoned(name: str) -> bool:
+    found = re.match(r"talksplat-(\d+)-\d+-", name)
     return found is not None and not psutil.pid_exists(int(found[1]))
 
 

@@ -19,5 +19,5 @@ def serving(avatar: str | None = None) -> Iterator[Server]:
     with Server(ports=Ports.free()) as server:
         found = bundle.available(server.avatars)
         if not found or avatar not in (None, *found):
-            raise ServerError(f"There is no avatar {avatar or 'at all'} in {server.avatars}: fit one or copy a bundle there.")
+            raise ServerError(f"There is no avatar {avatar or ''} in {server.avatars}: fit one or copy a bundle there.")
         yield server

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -173,7 +174,7 @@ def test_a_senseless_sample_rate_is_refused(rate: int) -> None:
 
 
 def test_without_soxr_the_server_s_own_rate_still_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "soxr", None)
+    monkeypatch.setitem(sys.modules, "soxr", None)
     track = Track(TARGET, TARGET, BLOCK)
     track.push(SPEECH)
     np.testing.assert_array_equal(everything(track), SPEECH)

@@ -198,10 +198,7 @@ def test_speech_has_its_words(client: Client) -> None:
     assert len(text.split()) > 5
     assert utterance.text == text
     direct = list(client.animate(packets, avatar=AVATAR, sample_rate=recording.sample_rate))
-    assert [frame.index for frame in utterance.frames] == [frame.index for frame in direct]
-    # the same windows in a larger batch: the same pictures
-    same = sum(a.data == b.data for a, b in zip(utterance.frames, direct, strict=True))
-    assert same >= 0.95 * len(direct)
+    assert utterance.frames == direct  # the same windows, there in one large batch
 
 
 def test_cancelling_ends_at_once(client: Client, speech: Samples) -> None:

@@ -200,18 +200,21 @@ def test_the_command_fails_with_one_sentence(
     assert reason in error
 
 
-def test_what_a_killed_launcher_left_is_removed_and_what_a_living_one_uses_is_not() -> None:
+def test_what_a_killed_launcher_left_is_removed_and_what_a_living_one_uses_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with subprocess.Popen(["true"]) as launcher:
         pass
-    dead, alive = (server_module.SHARED_MEMORY / f"talksplat-{pid}-1-test" for pid in (launcher.pid, os.getpid()))
-    try:
-        dead.touch()
-        alive.touch()
-        server_module._remove_abandoned()
-        assert not dead.exists()
-        assert alive.exists()
-    finally:
-        alive.unlink(missing_ok=True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(server_module, "SHARED_MEMORY", tmp_path / "shm")
+    dead, alive = (f"talksplat-{pid}-8001-x" for pid in (launcher.pid, os.getpid()))
+    for name in (dead, alive):
+        (tmp_path / name / "backends").mkdir(parents=True)
+        (tmp_path / "shm").mkdir(exist_ok=True)
+        (tmp_path / "shm" / name).touch()
+    server_module._remove_abandoned()
+    assert {each.name for each in tmp_path.iterdir()} == {alive, "shm"}
+    assert [each.name for each in (tmp_path / "shm").iterdir()] == [alive]
 
 
 @pytest.mark.parametrize(
