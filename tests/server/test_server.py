@@ -341,6 +341,7 @@ def test_clipped_and_huge_audio_gives_frames_or_a_clear_error(
         ({"size": 4096}, "size is 4096, above the 64 pixels"),
         ({"seed": 1.5}, "seed is 1.5, expected a whole number"),
         ({"operation": "explode"}, "operation is 'explode', expected one of preload, unload, list"),
+        ({"operation": "unload"}, "ask the model rasterizer"),
     ],
 )
 def test_wrong_parameters_are_invalid(

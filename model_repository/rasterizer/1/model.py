@@ -57,6 +57,8 @@ class TritonPythonModel:
     def _operate(self, request: Any, name: object) -> Any:
         if name not in self.operations:
             raise RequestError(f"The parameter operation is {name!r}, expected one of {', '.join(self.operations)}.")
+        if len(request.inputs()) > 1:  # who may animate may not do this by the way
+            raise RequestError("An operation takes AVATAR alone: ask the model rasterizer for it.")
         operation = self.operations[str(name)]
         reports = [[json.dumps(operation(avatar_id)).encode()] for avatar_id in avatar_ids(request)]
         return response(REPORT=np.array(reports, np.object_))
