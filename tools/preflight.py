@@ -1,6 +1,6 @@
 """Say in one sentence what this machine lacks before anything is installed; silent when nothing is missing.
 
-    python3 tools/preflight.py              # needs nothing but a Python 3
+Any Python 3 runs it, without an environment: ``python3 tools/preflight.py``.
 """
 
 import importlib.util
