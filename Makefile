@@ -68,9 +68,11 @@ clean:  ## remove what was built and exported, but not the environment
 	find model_repository -name '*.onnx*' -delete
 
 $(VENV)/.installed: $(PROJECTS) $(SOURCES)
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON): install Python 3.11 or 3.12 (Debian 12, Ubuntu 24.04:" \
+	  "apt install python3), or name yours, make PYTHON=/path/to/python3.12." >&2; exit 1; }
 	@$(PYTHON) tools/preflight.py
 	@echo "Installing into $(VENV) (the first time takes a few minutes) ..."
-	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)  # also one left half-made
 	$(PIP) scikit-build-core nanobind cmake ninja hatchling editables
 	$(PIP) --no-build-isolation -e '.[bench]' -e './client[media]' -e ./export
 	$(PIP) --no-deps silero-vad moonshine-cpp moonshine-voice

@@ -29,8 +29,10 @@ def missing() -> "str | None":
         return f"Python's venv module is missing: apt install python{version}-venv."
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return f"Python's C headers are missing: apt install python{version}-dev."
-    if os.environ.get("CXX") is None and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        return "A C++ compiler is missing: apt install g++ (or name yours in the variable CXX)."
+    named = os.environ.get("CXX", "").split()[:1]  # options may follow
+    if not any(map(shutil.which, named or ("c++", "g++", "clang++"))):
+        missing_one = f"The C++ compiler {named[0]}, named by CXX," if named else "A C++ compiler"
+        return f"{missing_one} is missing: apt install g++ (or name yours in the variable CXX)."
     return None
 
 
