@@ -8,13 +8,16 @@ Writes ``<out>/<avatar>.mp4`` and ``<out>/report.json`` and stops what it starte
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
-import subprocess
+import os
 import sys
 import time
 from pathlib import Path
 
 from talksplat.server import Ports, Server, ServerError
+from talksplat_client.cli import main as talksplat
 
 HERE = Path(__file__).resolve().parent
 
@@ -26,28 +29,30 @@ def main() -> int:
     parser.add_argument("--avatar", default="ava", metavar="ID")
     parser.add_argument("--out", type=Path, default=HERE / "out", metavar="FOLDER")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
     video, report_file = args.out / f"{args.avatar}.mp4", args.out / "report.json"
 
-    print("Starting Triton ...", flush=True)
-    began = time.monotonic()
+    answer = io.StringIO()
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        print("Starting Triton ...", flush=True)
+        began = time.monotonic()
         with Server(ports=Ports.free()) as server:
             print(f"Serving after {time.monotonic() - began:.1f} s. Animating {args.audio.name} ...", flush=True)
-            command = [sys.executable, "-m", "talksplat_client.cli", "animate", str(args.audio)]
-            command += ["--url", server.grpc_url, "--avatar", args.avatar, "--out", str(video)]
-            command += ["--transcript", "--json"]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    except ServerError as error:
+            command = ["animate", str(args.audio), "--url", server.grpc_url, "--avatar", args.avatar]
+            with contextlib.redirect_stdout(answer):
+                status = talksplat([*command, "--out", str(video), "--transcript", "--json"])
+        if status:
+            return status
+        report = json.loads(answer.getvalue())
+        part = report_file.with_suffix(".part")
+        part.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        os.replace(part, report_file)
+    except (ServerError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    if done.returncode:
-        return done.returncode
 
-    report = json.loads(done.stdout)
-    report_file.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(f"Transcript:  {report['transcript']}")
     print(f"First frame: {report['ttff_ms']:.0f} ms after the audio was there (preload {report['preload_ms']:.0f} ms)")
     print(

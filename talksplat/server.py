@@ -192,11 +192,13 @@ class Server:
 
     def stop(self) -> None:
         """Stop, and leave neither processes nor shared memory behind. Harmless when it is not running."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_EXIT_SECONDS + 3)
-        self._end(keep_log=False)
+        try:
+            if self._process is not None and self._process.poll() is None:
+                self._process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_EXIT_SECONDS + 3)
+        finally:  # an impatient second Ctrl-C too
+            self._end(keep_log=False)
 
     def kill(self) -> None:
         """Stop at once, without waiting for requests that run."""

@@ -92,6 +92,7 @@ class _Engine:
         self._samples, self._phonemes = [], []
         self._library.espeak_SetParameter(_RATE, rate, 0)
         self._library.espeak_SetParameter(_PITCH, pitch, 0)
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(0))  # its noise follows the clock otherwise
         raw = text.encode()
         self._library.espeak_Synth(raw, ctypes.c_size_t(len(raw) + 1), 0, 1, 0, _CHARS_UTF8, None, None)
         self._library.espeak_Synchronize()
