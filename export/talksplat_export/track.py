@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +39,10 @@ SUBJECT_FOV_DEG, SUBJECT_DISTANCE, SUBJECT_HEIGHT = 18.0, 105.0, -2.5
 SUBJECT_PIVOT = (0.0, -8.0, -3.0)
 
 MOUTH_BLENDSHAPES = ("jaw", "mouth", "cheekPuff", "tongue")  # prefixes of ARKit's names
+BLINK_BLENDSHAPES = ("eyeBlinkLeft", "eyeBlinkRight")
+BLENDSHAPES = 52  # FaceLandmarker's
 MAX_MISSING = 0.2  # of the frames may be without a face
+KEEP_SECONDS = 30.0  # of tracking between two writes of what was found
 
 
 class TrackError(ValueError):
@@ -176,16 +181,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def find(
-    recording: Recording, source: Path | None, model: Path | None, advance: Callable[[int], object] = lambda done: None
+    recording: Recording,
+    source: Path | None,
+    model: Path | None,
+    advance: Callable[[int], object] = lambda done: None,
+    kept: Path | None = None,
 ) -> Track:
     """Read the ground truth in ``source``, or track with the FaceLandmarker ``model``.
+
+    Args:
+        advance, kept: see `detect`.
 
     Raises:
         TrackError: see `from_ground_truth` and `from_mediapipe`.
     """
     if source is not None:
         return from_ground_truth(source, recording)
-    return from_mediapipe(recording, landmarker_file(model), advance)
+    return from_mediapipe(recording, landmarker_file(model), advance, kept)
 
 
 def from_ground_truth(path: Path, recording: Recording) -> Track:
@@ -281,9 +293,13 @@ def landmarker_file(path: Path | None) -> Path:
 
 
 class Landmarker:
-    """MediaPipe's FaceLandmarker over consecutive frames; close it after use (a context manager)."""
+    """MediaPipe's FaceLandmarker over single frames; close it after use (a context manager).
 
-    def __init__(self, model: Path) -> None:
+    Args:
+        faces: how many to look for.
+    """
+
+    def __init__(self, model: Path, faces: int = 1) -> None:
         # Imported here: it takes seconds and ground-truth fits do without.
         import mediapipe as mp
         from mediapipe.tasks.python import BaseOptions, vision
@@ -292,7 +308,7 @@ class Landmarker:
         options = vision.FaceLandmarkerOptions(
             base_options=BaseOptions(model_asset_path=str(model)),
             running_mode=vision.RunningMode.IMAGE,  # VIDEO mode smooths, which lags
-            num_faces=1,
+            num_faces=faces,
             output_face_blendshapes=True,
             output_facial_transformation_matrixes=True,
         )
@@ -303,15 +319,20 @@ class Landmarker:
 
     def __call__(self, frame: npt.NDArray[np.uint8]) -> tuple[Float32, dict[str, float], Float32] | None:
         """Landmarks [478, 2] in pixels, blendshapes by name, pose [4, 4] (centimetres); None without a face."""
-        mp = self._mediapipe
-        image = mp.Image(image_format=mp.ImageFormat.SRGB, data=np.ascontiguousarray(frame))
-        found = self._landmarker.detect(image)
+        found = self._detect(frame)
         if not found.face_landmarks:
             return None
-        height, width = frame.shape[:2]
-        points = np.array([(p.x * width, p.y * height) for p in found.face_landmarks[0]], np.float32)
         scores = {category.category_name: float(category.score) for category in found.face_blendshapes[0]}
-        return points, scores, np.asarray(found.facial_transformation_matrixes[0], np.float32)
+        pose = np.asarray(found.facial_transformation_matrixes[0], np.float32)
+        return _pixels(found.face_landmarks[0], frame), scores, pose
+
+    def every(self, frame: npt.NDArray[np.uint8]) -> list[Float32]:
+        """Landmarks [478, 2] in pixels of every face that is found."""
+        return [_pixels(face, frame) for face in self._detect(frame).face_landmarks]
+
+    def _detect(self, frame: npt.NDArray[np.uint8]) -> Any:
+        mp = self._mediapipe
+        return self._landmarker.detect(mp.Image(image_format=mp.ImageFormat.SRGB, data=np.ascontiguousarray(frame)))
 
     def __enter__(self) -> Landmarker:
         return self
@@ -320,42 +341,106 @@ class Landmarker:
         self._landmarker.close()
 
 
-def from_mediapipe(recording: Recording, model: Path, advance: Callable[[int], object] = lambda done: None) -> Track:
+def _pixels(face: Any, frame: npt.NDArray[np.uint8]) -> Float32:
+    height, width = frame.shape[:2]
+    return np.array([(point.x * width, point.y * height) for point in face], np.float32)
+
+
+@dataclass(eq=False)
+class Detections:
+    """What FaceLandmarker found in T frames, as far as it got; a frame without a face has zeros."""
+
+    done: int  # frames that were looked at
+    names: tuple[str, ...]  # of the blendshapes
+    seen: npt.NDArray[np.bool_]  # [T] whether there is a face
+    landmarks: Float32  # [T, 478, 2] pixels
+    scores: Float32  # [T, 52] of the blendshapes
+    poses: Float32  # [T, 4, 4] centimetres
+
+    @classmethod
+    def none(cls, frames: int) -> Detections:
+        """Of a recording of so many frames, before the first."""
+        shapes = (frames, max(LAYOUTS), 2), (frames, BLENDSHAPES), (frames, 4, 4)
+        return cls(0, (), np.zeros(frames, bool), *(np.zeros(shape, np.float32) for shape in shapes))
+
+    def save(self, path: Path) -> None:
+        """Write to ``path`` (.npz) in one step."""
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, **{field.name: getattr(self, field.name) for field in fields(self)})
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Detections:
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {field.name: data[field.name] for field in fields(cls)}
+        return cls(**{**arrays, "done": int(arrays["done"]), "names": tuple(map(str, arrays["names"]))})
+
+
+def detect(
+    recording: Recording, model: Path, advance: Callable[[int], object] = lambda done: None, kept: Path | None = None
+) -> Detections:
+    """Run FaceLandmarker over every frame.
+
+    Args:
+        advance: called with the number of frames done.
+        kept: a file (.npz) of detections in this very recording to go on from; it is written twice a minute and on
+            an interrupt.
+    """
+    found = Detections.load(kept) if kept is not None and kept.exists() else Detections.none(recording.length)
+    saved = time.monotonic()
+    try:
+        with Landmarker(model) as landmarker:
+            for index, frame in enumerate(recording.frames(found.done), found.done):
+                face = landmarker(frame)
+                if face is not None:
+                    found.landmarks[index], scores, found.poses[index] = face
+                    found.names, found.scores[index] = tuple(scores), list(scores.values())
+                    found.seen[index] = True
+                found.done = index + 1
+                advance(found.done)
+                if kept is not None and time.monotonic() - saved > KEEP_SECONDS:
+                    found.save(kept)
+                    saved = time.monotonic()
+    finally:
+        if kept is not None:
+            found.save(kept)
+    return found
+
+
+def from_mediapipe(
+    recording: Recording, model: Path, advance: Callable[[int], object] = lambda done: None, kept: Path | None = None
+) -> Track:
     """Track with FaceLandmarker.
 
     The pose is steadied over 5 frames (a head moves slower than the tracker trembles). Since blendshape scores are
     weak on pressed lips, the lips' distance and the mouth's width from the landmarks join them.
 
     Args:
-        advance: called with the number of frames done.
+        advance, kept: see `detect`.
 
     Raises:
         TrackError: no face in more than a fifth of the frames.
     """
-    found: list[tuple[Float32, dict[str, float], Float32] | None] = []
-    with Landmarker(model) as landmarker:
-        for frame in recording.frames():
-            found.append(landmarker(frame))
-            advance(len(found))
-    seen = [index for index, entry in enumerate(found) if entry is not None]
-    if len(seen) < (1 - MAX_MISSING) * len(found):
-        raise TrackError(f"A face was found in {len(seen)} of {len(found)} frames only.")
-    entries = [entry for entry in found if entry is not None]
+    found = detect(recording, model, advance, kept)
+    seen = np.flatnonzero(found.seen)
+    frames = len(found.seen)
+    if len(seen) < (1 - MAX_MISSING) * frames:
+        raise TrackError(f"A face was found in {len(seen)} of {frames} frames only.")
 
-    def fill(values: Sequence[npt.ArrayLike]) -> npt.NDArray[np.float64]:
-        array = np.asarray(values, np.float64)
-        flat = array.reshape(len(array), -1)
-        whole = [np.interp(np.arange(len(found)), seen, column) for column in flat.T]
-        return np.stack(whole, 1).reshape(len(found), *array.shape[1:])
+    def fill(array: Float32) -> npt.NDArray[np.float64]:
+        """With what lies between the neighbours that have a face, where a frame has none."""
+        columns = array[seen].reshape(len(seen), -1).T
+        whole = [np.interp(np.arange(frames), seen, column) for column in columns]
+        return np.stack(whole, 1).reshape(array.shape)
 
-    landmarks = fill([entry[0] for entry in entries])
-    names = [name for name in entries[0][1] if name.startswith(MOUTH_BLENDSHAPES)]
-    scores = fill([[entry[1][name] for name in names] for entry in entries])
-    blink = fill([(entry[1]["eyeBlinkLeft"] + entry[1]["eyeBlinkRight"]) / 2 for entry in entries])
-    pose = fill([entry[2] for entry in entries])
+    landmarks = fill(found.landmarks)
+    scores = fill(found.scores[:, [name.startswith(MOUTH_BLENDSHAPES) for name in found.names]])
+    blink = fill(found.scores[:, [found.names.index(name) for name in BLINK_BLENDSHAPES]]).mean(1)
+    pose = fill(found.poses)
 
     viewmats = np.diag([1.0, -1.0, -1.0, 1.0]) @ pose
-    window = min(5, len(found) - (len(found) + 1) % 2)
+    window = min(5, frames - (frames + 1) % 2)
     if window >= 5:
         viewmats[:, :3] = savgol_filter(median_filter(viewmats[:, :3], (3, 1, 1)), window, 2, axis=0)
     u, _, vt = np.linalg.svd(viewmats[:, :3, :3])
