@@ -12,6 +12,16 @@
 The 14 attribute planes are means xyz, quats wxyz, log-scales, opacity logit, colors rgb (`ATTRIBUTES`). A frame's
 planes are ``canonical + sum_k weights[k] * basis_scales[:, k] * bases[:, k]``; `WEIGHTS` are the 20 coefficients that
 audio drives and, last, the blink. Nothing in a bundle is executed on reading: no pickles.
+
+That is the profile "huma2", `Avatar`. A bundle of the profile "huma1", `Huma1Avatar`, holds other tensors:
+
+============================ ==============================================================================
+``gaussians.safetensors``    ``canonical`` f32 [14, N], ``blink`` f32 [14, N] what shut lids add to it
+``triplanes.safetensors``    ``coarse`` f16 [3, 16, 64, 64], ``fine`` f16 [3, 16, 128, 128]: features over the planes
+                             yz, xz and xy of the ``box`` f32 [2, 3], its least and its greatest corner
+``deformation.safetensors``  `HUMA1_WEIGHTS`: the personal net from speech to each Gaussian's offsets; the last row of
+                             a matrix is the bias
+============================ ==============================================================================
 """
 
 from __future__ import annotations
@@ -27,7 +37,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +49,6 @@ from talksplat import clock
 
 SCHEMA_VERSION = 1
 FORMAT = "talksplat-avatar"
-PROFILES = ("huma2",)
 
 ATTRIBUTES = 14  # means 3, quats 4, log-scales 3, opacity logit 1, colors 3
 FEATURES = 128  # of the audio encoder, a frame
@@ -47,6 +56,21 @@ HIDDEN = 64  # of the personal head
 COEFFICIENTS = 20  # driven by audio
 BLINK = COEFFICIENTS  # index of the blink's weight
 WEIGHTS = COEFFICIENTS + 1
+
+TRIPLANE_SIZES = (64, 128)  # of the coarse and the fine planes, texels a side
+TRIPLANE_CHANNELS = 16
+HUMA1_FEATURES = TRIPLANE_CHANNELS * len(TRIPLANE_SIZES)  # of a Gaussian, out of the triplanes
+SPEECH_WIDTH = 416  # of a token: Moonshine base's encoder
+SPEECH_TOKENS = 12  # that a frame looks at, 24 ms apart
+HEADS, KEY, VALUE = 2, 32, 64  # of the attention
+HUMA1_WEIGHTS = {
+    "speech_in": (SPEECH_WIDTH + 1, VALUE),  # a token of speech -> what attention sees of it
+    "positions": (SPEECH_TOKENS + 1, VALUE),  # of the tokens, and a token that says nothing
+    "keys_values": (VALUE + 1, HEADS * (KEY + VALUE)),
+    "query_base": (HUMA1_FEATURES + 1, HEADS * KEY + VALUE),  # of a Gaussian: its query, and what it adds to the answer
+    "mixing": (VALUE + 1, VALUE),
+    "offsets_out": (VALUE + 1, ATTRIBUTES),
+}
 
 MAX_GAUSSIANS = 200_000
 MAX_PLATES = 20_000
@@ -56,13 +80,8 @@ MAX_SIZE = 4096  # pixels a side
 
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _MANIFEST = "avatar.json"
-_GAUSSIANS, _ADAPTER, _PLATES, _PACK = (
-    "gaussians.safetensors",
-    "adapter.safetensors",
-    "plates.safetensors",
-    "plates.bin",
-)
-_FILES = (_GAUSSIANS, _ADAPTER, _PLATES, _PACK)
+_GAUSSIANS, _PLATES, _PACK = "gaussians.safetensors", "plates.safetensors", "plates.bin"
+_ADAPTER = "adapter.safetensors"
 
 Float32 = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -72,37 +91,39 @@ class BundleError(ValueError):
     """The bundle is damaged, foreign, too new or too large; the message says which and what was expected."""
 
 
+class ProfileError(BundleError):
+    """The bundle is sound, but of another profile than the one that was asked for."""
+
+
 class UnknownAvatarError(LookupError):
     """There is no avatar of that id."""
 
 
-@dataclass(frozen=True, eq=False)
-class Avatar:
-    """One avatar as it lies in its bundle.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AnyAvatar:
+    """What the avatars of all profiles have.
 
     Raises:
         BundleError: on construction, when shapes, dtypes, values or plates do not fit together.
     """
 
+    profile: ClassVar[str]
+    model: ClassVar[str]  # Triton's ensemble that animates it
+    tensors: ClassVar[Mapping[str, Sequence[str]]]  # the files besides the plates', and the fields that each holds
+
     id: str
     canonical: Float32  # [14, N]
-    bases: npt.NDArray[np.int8]  # [14, 21, N]
-    basis_scales: Float32  # [14, 21]
-    adapter_in: Float32  # [129, 64]
-    adapter_out: Float32  # [65, 20]
     plates: Sequence[bytes | memoryview]  # P JPEGs of width x height
     viewmats: Float32  # [P, 4, 4] head frame -> camera, of each plate
     K: Float32  # [3, 3] pixels
     width: int
     height: int
-    audio_encoder: str  # SHA-256 of the encoder weights that the adapter was fitted to
-    profile: str = "huma2"
+    audio_encoder: str  # SHA-256 of the weights of the audio encoder that it was fitted to
     fps: int = clock.FPS
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_id(self.id, BundleError)
-        _require(self.profile in PROFILES, f"profile {self.profile!r} is not one of {', '.join(PROFILES)}")
         _require(self.fps == clock.FPS, f"{self.fps} frames per second, expected {clock.FPS}")
         for name, side in (("width", self.width), ("height", self.height)):
             _require(
@@ -114,10 +135,6 @@ class Avatar:
         _require(0 < n <= MAX_GAUSSIANS, f"{n} Gaussians, expected 1 to {MAX_GAUSSIANS}")
         _require(0 < p <= MAX_PLATES, f"{p} plates, expected 1 to {MAX_PLATES}")
         _check("canonical", self.canonical, np.float32, (ATTRIBUTES, n))
-        _check("bases", self.bases, np.int8, (ATTRIBUTES, WEIGHTS, n))
-        _check("basis_scales", self.basis_scales, np.float32, (ATTRIBUTES, WEIGHTS))
-        _check("adapter_in", self.adapter_in, np.float32, (FEATURES + 1, HIDDEN))
-        _check("adapter_out", self.adapter_out, np.float32, (HIDDEN + 1, COEFFICIENTS))
         _check("viewmats", self.viewmats, np.float32, (p, 4, 4))
         _check("K", self.K, np.float32, (3, 3))
         _require(bool(self.K[0, 0] > 0 and self.K[1, 1] > 0), "K has a focal length that is not positive")
@@ -128,6 +145,70 @@ class Avatar:
     def gaussians(self) -> int:
         """How many Gaussians, N."""
         return int(self.canonical.shape[1])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Avatar(AnyAvatar):
+    """One avatar of the profile "huma2" as it lies in its bundle; raises as `AnyAvatar` does."""
+
+    profile = "huma2"
+    model = "animate"
+    tensors: ClassVar = {_GAUSSIANS: ("canonical", "bases", "basis_scales"), _ADAPTER: ("adapter_in", "adapter_out")}
+
+    bases: npt.NDArray[np.int8]  # [14, 21, N]
+    basis_scales: Float32  # [14, 21]
+    adapter_in: Float32  # [129, 64]
+    adapter_out: Float32  # [65, 20]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("bases", self.bases, np.int8, (ATTRIBUTES, WEIGHTS, self.gaussians))
+        _check("basis_scales", self.basis_scales, np.float32, (ATTRIBUTES, WEIGHTS))
+        _check("adapter_in", self.adapter_in, np.float32, (FEATURES + 1, HIDDEN))
+        _check("adapter_out", self.adapter_out, np.float32, (HIDDEN + 1, COEFFICIENTS))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Huma1Avatar(AnyAvatar):
+    """One avatar of the profile "huma1" as it lies in its bundle; raises as `AnyAvatar` does."""
+
+    profile = "huma1"
+    model = "animate_huma1"
+    tensors: ClassVar = {
+        _GAUSSIANS: ("canonical", "blink"),
+        "triplanes.safetensors": ("coarse", "fine", "box"),
+        "deformation.safetensors": tuple(HUMA1_WEIGHTS),
+    }
+
+    blink: Float32  # [14, N]
+    coarse: npt.NDArray[np.float16]  # [3, 16, 64, 64]
+    fine: npt.NDArray[np.float16]  # [3, 16, 128, 128]
+    box: Float32  # [2, 3] metres
+    speech_in: Float32  # the shapes of these stand in `HUMA1_WEIGHTS`
+    positions: Float32
+    keys_values: Float32
+    query_base: Float32
+    mixing: Float32
+    offsets_out: Float32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("blink", self.blink, np.float32, (ATTRIBUTES, self.gaussians))
+        for name, planes, side in zip(("coarse", "fine"), (self.coarse, self.fine), TRIPLANE_SIZES, strict=True):
+            _check(name, planes, np.float16, (3, TRIPLANE_CHANNELS, side, side))
+        _check("box", self.box, np.float32, (2, 3))
+        _require(bool((self.box[0] < self.box[1]).all()), "box has no volume")
+        for name, array in self.deformation.items():
+            _check(name, array, np.float32, HUMA1_WEIGHTS[name])
+
+    @property
+    def deformation(self) -> dict[str, Float32]:
+        """The personal net by the names of `HUMA1_WEIGHTS`."""
+        return {name: getattr(self, name) for name in HUMA1_WEIGHTS}
+
+
+PROFILES: Mapping[str, type[AnyAvatar]] = {kind.profile: kind for kind in (Avatar, Huma1Avatar)}
+A = TypeVar("A", bound=AnyAvatar)
 
 
 def check_id(avatar_id: str, error: type[Exception] = ValueError) -> str:
@@ -146,7 +227,7 @@ def available(root: Path) -> list[str]:
     return sorted(path.parent.name for path in root.glob(f"*/{_MANIFEST}") if _ID.fullmatch(path.parent.name))
 
 
-def write(avatar: Avatar, root: Path) -> Path:
+def write(avatar: AnyAvatar, root: Path) -> Path:
     """Write ``root/<id>`` in one step: a reader sees the old bundle or the new one, never a part.
 
     Returns:
@@ -156,18 +237,15 @@ def write(avatar: Avatar, root: Path) -> Path:
         BundleError: the bundle is too large.
         OSError: the disk refused; nothing is left behind.
     """
-    contents = {
-        _GAUSSIANS: _save({"canonical": avatar.canonical, "bases": avatar.bases, "basis_scales": avatar.basis_scales}),
-        _ADAPTER: _save({"adapter_in": avatar.adapter_in, "adapter_out": avatar.adapter_out}),
-        _PLATES: _save(
-            {
-                "offsets": np.cumsum([0, *map(len, avatar.plates)], dtype=np.int64),
-                "viewmats": avatar.viewmats,
-                "K": avatar.K,
-            }
-        ),
-        _PACK: b"".join(avatar.plates),
-    }
+    contents = {file: _save({name: getattr(avatar, name) for name in names}) for file, names in avatar.tensors.items()}
+    contents[_PLATES] = _save(
+        {
+            "offsets": np.cumsum([0, *map(len, avatar.plates)], dtype=np.int64),
+            "viewmats": avatar.viewmats,
+            "K": avatar.K,
+        }
+    )
+    contents[_PACK] = b"".join(avatar.plates)
     total = sum(map(len, contents.values()))
     _require(total <= MAX_BYTES, f"the bundle would be {total} bytes, at most {MAX_BYTES} are read")
     manifest = {
@@ -219,14 +297,28 @@ def _save(tensors: Mapping[str, npt.NDArray[Any]]) -> bytes:
     return bytes(safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in tensors.items()}))
 
 
-def read(root: Path, avatar_id: str) -> Avatar:
+@overload
+def read(root: Path, avatar_id: str) -> Avatar: ...
+
+
+@overload
+def read(root: Path, avatar_id: str, kind: type[A]) -> A: ...
+
+
+def read(root: Path, avatar_id: str, kind: type[AnyAvatar] = Avatar) -> AnyAvatar:
     """Read and check ``root/<avatar_id>``.
+
+    Args:
+        root: the folder of the bundles.
+        avatar_id: which.
+        kind: the profile that is wanted; `AnyAvatar` takes each.
 
     Raises:
         UnknownAvatarError: there is none, or the id can't name one.
+        ProfileError: it is of another profile.
         BundleError: it is damaged, foreign, too new or too large, or the disk refuses it.
     """
-    return _whole(root, avatar_id, _load)
+    return _whole(root, avatar_id, lambda folder, manifest: _load(folder, manifest, kind))
 
 
 def read_adapter(root: Path, avatar_id: str) -> tuple[Float32, Float32]:
@@ -254,6 +346,8 @@ def version(root: Path, avatar_id: str) -> tuple[int, int, int]:
 def _errors_name(avatar_id: str) -> Iterator[None]:
     try:
         yield
+    except ProfileError:
+        raise
     except (BundleError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error  # the server's paths are nobody's business
         raise BundleError(f"avatar {avatar_id!r} can't be read: {reason}") from error
@@ -297,9 +391,6 @@ def _manifest(text: bytes, avatar_id: str) -> dict[str, Any]:
             f"its schema version is {version}, this talksplat reads up to {SCHEMA_VERSION}: update talksplat"
         )
     _require(manifest.get("id") == avatar_id, f"it says it is {manifest.get('id')!r}: the folder was renamed")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or set(files) != set(_FILES):
-        raise BundleError(f'"files" must list exactly {", ".join(_FILES)}')
     for key, kind in (
         ("width", int),
         ("height", int),
@@ -308,7 +399,22 @@ def _manifest(text: bytes, avatar_id: str) -> dict[str, Any]:
         ("audio_encoder", str),
     ):
         _require(isinstance(manifest.get(key), kind), f"{key!r} is missing or not of type {kind.__name__}")
+    profile = manifest["profile"]
+    _require(profile in PROFILES, f"profile {profile!r} is not one of {', '.join(PROFILES)}")
+    expected = [*PROFILES[profile].tensors, _PLATES, _PACK]
+    files = manifest.get("files")
+    if not isinstance(files, dict) or set(files) != set(expected):
+        raise BundleError(f'"files" must list exactly {", ".join(expected)}')
     return manifest
+
+
+def _require_profile(manifest: dict[str, Any], kind: type[AnyAvatar]) -> None:
+    found = PROFILES[manifest["profile"]]
+    if not issubclass(found, kind):
+        raise ProfileError(
+            f"avatar {manifest['id']!r} is of the profile {found.profile}, not {kind.profile}: "
+            f"the model {found.model} animates it"
+        )
 
 
 def _contents(folder: Path, manifest: dict[str, Any], names: Sequence[str]) -> dict[str, bytes]:
@@ -330,10 +436,16 @@ def _contents(folder: Path, manifest: dict[str, Any], names: Sequence[str]) -> d
     return contents
 
 
-def _load(folder: Path, manifest: dict[str, Any]) -> Avatar:
-    contents = _contents(folder, manifest, _FILES)
+def _load(folder: Path, manifest: dict[str, Any], kind: type[AnyAvatar]) -> AnyAvatar:
+    _require_profile(manifest, kind)
+    found = PROFILES[manifest["profile"]]
+    contents = _contents(folder, manifest, [*found.tensors, _PLATES, _PACK])
     try:
-        gaussians, adapter, plates = (safetensors.numpy.load(contents[name]) for name in _FILES[:3])
+        plates = safetensors.numpy.load(contents[_PLATES])
+        tensors: dict[str, Any] = {}
+        for file, names in found.tensors.items():
+            arrays = safetensors.numpy.load(contents[file])
+            tensors |= {name: arrays[name] for name in names}
         offsets, pack = plates["offsets"], memoryview(contents[_PACK])
         _require(
             offsets.dtype == np.int64
@@ -344,17 +456,15 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Avatar:
             and bool((np.diff(offsets) > 0).all()),
             "the plates' offsets do not rise from 0 to the size of the pack",
         )
-        return Avatar(
+        return found(
             id=manifest["id"],
-            **gaussians,
-            **adapter,
+            **tensors,
             plates=[pack[a:b] for a, b in itertools.pairwise(offsets)],
             viewmats=plates["viewmats"],
             K=plates["K"],
             width=manifest["width"],
             height=manifest["height"],
             audio_encoder=manifest["audio_encoder"],
-            profile=manifest["profile"],
             fps=manifest["fps"],
             provenance=manifest.get("provenance") or {},
         )
@@ -365,6 +475,7 @@ def _load(folder: Path, manifest: dict[str, Any]) -> Avatar:
 
 
 def _load_adapter(folder: Path, manifest: dict[str, Any]) -> tuple[Float32, Float32]:
+    _require_profile(manifest, Avatar)
     contents = _contents(folder, manifest, [_ADAPTER])
     try:
         tensors = safetensors.numpy.load(contents[_ADAPTER])

@@ -1,0 +1,365 @@
+"""Fit the profile "huma1": canonical Gaussians first, then the net that deforms them, both through the rasterizer.
+
+1. *Static*: 20,000 Gaussians are fitted to the frames in which the face rests.
+2. *Warm start*: the deformation net learns the displacements that the track's landmarks suggest for each Gaussian,
+   which is cheap (no pixels) and spares the second step the search for which Gaussian belongs to which lip.
+3. *Deformation*: net, triplanes, blink and canonical Gaussians together are fitted to all frames, from speech alone.
+
+The net is fitted as it is served: on what the recogniser's encoder hears in the windows of `animate_huma1`, at every
+place that a frame can have in its chunk, on the recording and on degraded versions of it, with the voice activity's
+gate on its output. So silence is the canonical face.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from talksplat import clock
+from talksplat.animator import gate
+from talksplat.avatar import (
+    HUMA1_WEIGHTS,
+    SPEECH_WIDTH,
+    TRIPLANE_CHANNELS,
+    TRIPLANE_SIZES,
+)
+from talksplat_export import augment, huma1, moonshine, splat_torch, stage_a, vad
+from talksplat_export.stage_a import Crops, Gaussians
+from talksplat_export.track import Track
+
+Float32 = npt.NDArray[np.float32]
+
+GAUSSIANS = 20_000  # of the profile: avatars of equal size share a batch
+BOX_MARGIN = 0.005  # metres around the canonical means
+
+# Learning rates; the canonical attributes and the blink's have stage A's, the latter those of a basis.
+RATES = {"triplanes": 4e-3, "net": 1e-3}
+WARM_RATES = {"triplanes": 1e-2, "net": 3e-3}
+CANONICAL_SHARE = 0.5  # of the canonical rates, once the net moves
+OFFSET_UNITS = np.repeat([0.005, 0.05, 0.1, 0.5, 0.1], [3, 4, 3, 1, 3])  # what the net calls 1, by attribute
+
+BATCH = 4  # frames a step
+WARM_BATCH, WARM_GAUSSIANS = 24, 2048
+HALF_SIZE_SHARE = 0.6  # of the steps on pixels, at half resolution
+REST_PERCENTILE = 12.0  # of the frames count as rest, by their expression
+DROPOUT = 0.1  # of the speech's channels
+PIECE_SECONDS = 8.0  # how long one chain of degradations lasts
+HEAR_BATCH = 16  # windows
+
+
+# --- the sound ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Heard:
+    """What serving would hear: V versions of a recording, each cut into chunks that begin at another frame."""
+
+    hidden: npt.NDArray[np.float16]  # [V, C, WINDOW_TOKENS, 416] of the windows
+    speech: Float32  # [V, T] probability
+
+    def tokens(self, version: npt.NDArray[np.int64], frames: npt.NDArray[np.int64]) -> Tensor:
+        """[F, SPEECH_TOKENS, 416] around each frame, of a version each."""
+        chunk, slot = np.divmod(frames + version % clock.CHUNK_FRAMES, clock.CHUNK_FRAMES)
+        mixture = huma1.split(huma1.token_mixture(), 0, clock.CHUNK_FRAMES)[torch.from_numpy(slot)]
+        return mixture @ torch.from_numpy(self.hidden[version, chunk].astype(np.float32))
+
+
+def hear(audios: Sequence[Float32], frames: int, advance: Callable[[int], object]) -> Heard:
+    """Listen to recordings [samples] of ``frames`` frames; number v of them in chunks that begin v % 4 frames early.
+
+    Args:
+        advance: called with the number of recordings done.
+    """
+    encoder, detector = moonshine.load_wheel("base")[0].model.encoder, vad.load()
+    chunks = -(-(frames + clock.CHUNK_FRAMES - 1) // clock.CHUNK_FRAMES)
+    hidden = np.empty((len(audios), chunks, huma1.WINDOW_TOKENS, SPEECH_WIDTH), np.float16)
+    speech = np.empty((len(audios), frames), np.float32)
+    for version, audio in enumerate(audios):
+        early = version % clock.CHUNK_FRAMES
+        before = clock.LEFT_CONTEXT + early * clock.SAMPLES_PER_FRAME
+        padded = np.zeros((chunks - 1) * clock.CHUNK_SAMPLES + clock.WINDOW, np.float32)
+        part = audio[: len(padded) - before]
+        padded[before : before + len(part)] = part
+        windows = np.lib.stride_tricks.sliding_window_view(padded, clock.WINDOW)[:: clock.CHUNK_SAMPLES]
+        probabilities = []
+        with torch.inference_mode():
+            for start in range(0, chunks, HEAR_BATCH):
+                batch = torch.from_numpy(windows[start : start + HEAR_BATCH].copy())
+                hidden[version, start : start + HEAR_BATCH] = encoder(batch).numpy()
+                probabilities.append(detector(batch))
+        speech[version] = torch.cat(probabilities).reshape(-1).numpy()[early : early + frames]
+        advance(version + 1)
+    return Heard(hidden, speech)
+
+
+def degraded(audio: Float32, quiet: npt.NDArray[np.bool_], seed: int) -> Float32:
+    """The recording [samples] through noise, rooms, microphones and codecs, another chain every 8 seconds.
+
+    Args:
+        quiet: [samples] where nobody speaks.
+    """
+    rng, piece = np.random.default_rng(seed), int(PIECE_SECONDS * clock.SAMPLE_RATE)
+    return np.concatenate(
+        [augment.degrade(audio[at : at + piece], quiet[at : at + piece], [], rng) for at in range(0, len(audio), piece)]
+    )
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """Canonical Gaussians, what a blink adds to them, and the net that deforms them."""
+
+    box: Tensor
+    units: Tensor
+
+    def __init__(self, canonical: Float32, blink_motion: Float32, seed: int) -> None:  # [14, N], [3, N]
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.count = canonical.shape[1]
+        self.canonical, self.blink = nn.ParameterDict(), nn.ParameterDict()
+        for name, (planes, _, _) in stage_a.GROUPS.items():
+            rest = torch.from_numpy(canonical[planes].copy())
+            self.canonical[name] = nn.Parameter(rest)
+            self.blink[name] = nn.Parameter(
+                torch.from_numpy(blink_motion.copy()) if name == "means" else torch.zeros_like(rest)
+            )
+        # Around 1, since the features of the three planes are multiplied.
+        self.triplanes = nn.ParameterList(
+            1 + 0.3 * torch.randn(3, TRIPLANE_CHANNELS, side, side, generator=generator) for side in TRIPLANE_SIZES
+        )
+        self.net = nn.ParameterDict()
+        for name, shape in HUMA1_WEIGHTS.items():
+            weights = torch.randn(shape, generator=generator) / shape[0] ** 0.5
+            if name != "positions":
+                weights[-1] = 0
+            self.net[name] = nn.Parameter(weights)
+        means = torch.from_numpy(canonical[:3])
+        margin = torch.tensor([[-BOX_MARGIN], [BOX_MARGIN]])
+        self.register_buffer("box", torch.stack([means.amin(1), means.amax(1)]) + margin)
+        self.register_buffer("units", torch.from_numpy(OFFSET_UNITS.astype(np.float32)))
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the names of their learning rates."""
+        return {
+            **{name: [parameter] for name, parameter in self.canonical.items()},
+            **{f"blink {name}": [parameter] for name, parameter in self.blink.items()},
+            "triplanes": list(self.triplanes),
+            "net": list(self.net.values()),
+        }
+
+    def table(self, chosen: Tensor | slice = slice(None)) -> Tensor:  # [32, N]
+        """Features of the Gaussians at their canonical means."""
+        low, high = self.box
+        places = 2 * (self.canonical["means"].detach().T[chosen] - low) / (high - low) - 1
+        return torch.cat([huma1.sample(planes, places) for planes in self.triplanes])
+
+    def weights(self) -> dict[str, Tensor]:
+        """The net's weights as a bundle holds them."""
+        weights = dict(self.net.items())
+        return weights | {"offsets_out": weights["offsets_out"] * self.units}
+
+    def offsets(self, speech: Tensor, chosen: Tensor | slice = slice(None)) -> Tensor:  # [F, T, W] -> [F, 14, N]
+        """What the net adds to all or to the chosen Gaussians."""
+        weights = {name: tensor[None] for name, tensor in self.weights().items()}
+        return huma1.offsets(speech[None], self.table(chosen)[None], weights)[0]
+
+    def forward(self, offsets: Tensor | None, blink: Tensor) -> Gaussians:  # [F, 14, N] gated, [F]
+        """Means, quats, scales, opacities, colors of each frame, as the rasterizer takes them."""
+        planes = {
+            name: self.canonical[name] + blink[:, None, None] * self.blink[name]
+            + (0 if offsets is None else offsets[:, of])
+            for name, (of, _, _) in stage_a.GROUPS.items()
+        }  # fmt: skip
+        return (
+            planes["means"].transpose(1, 2),
+            planes["quats"].transpose(1, 2),
+            planes["scales"].exp().transpose(1, 2),
+            planes["opacities"].sigmoid()[:, 0],
+            planes["colors"].transpose(1, 2),
+        )
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, npt.NDArray[np.float32 | np.float16]]:
+        """The fields of a `Huma1Avatar` that are fitted."""
+        coarse, fine = (planes.numpy().astype(np.float16) for planes in self.triplanes)
+        return {
+            "canonical": np.concatenate([self.canonical[name].numpy() for name in stage_a.GROUPS]),
+            "blink": np.concatenate([self.blink[name].numpy() for name in stage_a.GROUPS]),
+            "coarse": coarse,
+            "fine": fine,
+            "box": self.box.numpy().copy(),
+            **{name: np.ascontiguousarray(tensor.numpy()) for name, tensor in self.weights().items()},
+        }
+
+
+# --- the fit -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How many of each kind."""
+
+    static: int = 1500
+    warm: int = 600
+    deformation: int = 4000
+
+
+def fit(
+    head: Head,
+    crops: Crops,
+    track: Track,
+    heard: Heard,
+    targets: Float32,  # [T, 20] tracked coefficients
+    motion: Float32,  # [20, 3, N] metres a unit of coefficient, from `geometry.seed`
+    steps: Steps,
+    seed: int,
+    folder: Path,
+    progress: Callable[[str, int], Callable[[int], object]],
+) -> dict[str, list[float]]:
+    """Fit ``head`` in place; returns the losses of each step of the fit.
+
+    Args:
+        folder: keeps the state, so that an interrupted fit goes on.
+        progress: is given a step's name and length, and gives what is called with the number of iterations done.
+    """
+    emphasis = torch.from_numpy(crops.emphasis)[..., None]
+    emphasis = emphasis / emphasis.mean()
+    gates = torch.from_numpy(gate(heard.speech))
+    blinks = torch.from_numpy(track.blink)
+    versions = len(heard.hidden)
+
+    def draw(rng: np.random.Generator, frames: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Speech tokens [F, T, W] and gates [F, 1, 1], half of them of the recording itself."""
+        version = np.where(rng.random(len(frames)) < 0.5, 0, rng.integers(versions, size=len(frames)))
+        keep = torch.from_numpy(rng.random((len(frames), 1, SPEECH_WIDTH)) >= DROPOUT) / (1 - DROPOUT)
+        return heard.tokens(version, frames) * keep.float(), gates[version, frames][:, None, None]
+
+    def pixels(picked: npt.NDArray[np.int64], offsets: Tensor | None, shrink: int) -> Tensor:
+        frames = crops.frames[picked]
+        gaussians = head(offsets, blinks[torch.from_numpy(frames)])
+        return photometric(gaussians, crops, picked, track, emphasis, shrink)
+
+    def static(step: int) -> Tensor:
+        rng = np.random.default_rng([seed, 0, step])
+        picked = rng.choice(len(crops.frames), BATCH, p=resting)
+        return pixels(picked, None, 2 if step < HALF_SIZE_SHARE * steps.static else 1)
+
+    def warm(step: int) -> Tensor:
+        rng = np.random.default_rng([seed, 1, step])
+        frames = rng.choice(crops.frames, WARM_BATCH, p=often)
+        chosen = torch.from_numpy(rng.choice(head.count, min(WARM_GAUSSIANS, head.count), replace=False))
+        speech, opening = draw(rng, frames)
+        goal = torch.einsum("fk,kcn->fcn", torch.from_numpy(targets[frames]), torch.from_numpy(motion)[:, :, chosen])
+        found = opening * head.offsets(speech, chosen)[:, :3]
+        return ((found - goal) / head.units[0]).square().mean()
+
+    def deformation(step: int) -> Tensor:
+        rng = np.random.default_rng([seed, 2, step])
+        picked = rng.choice(len(crops.frames), BATCH, p=often)
+        speech, opening = draw(rng, crops.frames[picked])
+        return pixels(picked, opening * head.offsets(speech), 2 if step < HALF_SIZE_SHARE * steps.deformation else 1)
+
+    often, resting = stage_a.sampling(track), _resting(track, targets)
+    canonical = {name: rest for name, (_, rest, _) in stage_a.GROUPS.items()}
+    blink = {f"blink {name}": rate for name, (_, _, rate) in stage_a.GROUPS.items()}
+    slower = {name: CANONICAL_SHARE * rate for name, rate in canonical.items()}
+    plan: list[tuple[str, int, Mapping[str, float], Callable[[int], Tensor]]] = [
+        ("static", steps.static, canonical, static),
+        ("warm start", steps.warm, WARM_RATES, warm),
+        ("deformation", steps.deformation, slower | blink | RATES, deformation),
+    ]
+    losses = {}
+    for name, count, rates, loss in plan:
+        with_progress = progress(name, count)
+        losses[name] = descend(head, rates, count, loss, folder / f"{name.replace(' ', '_')}.pt", with_progress)
+    return losses
+
+
+def photometric(
+    gaussians: Gaussians,
+    crops: Crops,
+    picked: Iterable[int],  # of the crops
+    track: Track,
+    emphasis: Tensor,  # [H, W, 1] of mean 1
+    shrink: int,
+) -> Tensor:
+    """Stage A's loss: weighted L1 and SSIM of the premultiplied colours, L1 of the alphas."""
+    picked = list(picked)
+    colors, alphas = (torch.stack(list(side)) for side in zip(*(crops.target(i, shrink) for i in picked), strict=True))
+    drawn, covered = splat_torch.rasterization(
+        *gaussians,
+        torch.from_numpy(track.viewmats[crops.frames[picked]]),
+        torch.stack([crops.camera(track.K, index, shrink) for index in picked]),
+        colors.shape[2],
+        colors.shape[1],
+    )
+    heavy = nn.functional.avg_pool2d(emphasis.permute(2, 0, 1), shrink).permute(1, 2, 0)
+    similarity = splat_torch.ssim(drawn, colors)
+    return (
+        (1 - stage_a.SSIM_SHARE) * ((drawn - colors).abs() * heavy).mean()
+        + stage_a.SSIM_SHARE * (1 - similarity)
+        + stage_a.ALPHA_WEIGHT * (covered - alphas).abs().mean()
+    )
+
+
+def descend(
+    head: Head,
+    rates: Mapping[str, float],  # by the names of `Head.groups`; what has none stands still
+    steps: int,
+    loss_at: Callable[[int], Tensor],
+    checkpoint: Path,
+    advance: Callable[[int], object],
+) -> list[float]:
+    """Adam with falling rates; goes on from ``checkpoint`` where there is one, and saves there every minute."""
+    groups = head.groups()
+    optimizer = torch.optim.Adam(
+        [{"params": groups[name], "lr": rate} for name, rate in rates.items()],
+        betas=(0.9, 0.99),
+        eps=1e-15,
+        fused=True,
+    )
+    losses: list[float] = []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        losses = state["losses"]
+
+    def save() -> None:
+        partial = checkpoint.with_suffix(".partial")
+        torch.save({"head": head.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, partial)
+        os.replace(partial, checkpoint)
+
+    saved = time.monotonic()
+    try:
+        for step in range(len(losses), steps):
+            for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
+                group["lr"] = rate * stage_a.FINAL_RATE ** (step / steps)
+            loss = loss_at(step)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(loss.item())
+            advance(step + 1)
+            if time.monotonic() - saved > stage_a.CHECKPOINT_SECONDS:
+                save()
+                saved = time.monotonic()
+    finally:
+        save()
+    return losses
+
+
+def _resting(track: Track, targets: Float32) -> npt.NDArray[np.float64]:
+    """The probability of each frame in the static fit: those nearest to rest, alike."""
+    away = np.linalg.norm(targets, axis=1) + 10 * track.blink
+    rest = away <= np.percentile(away, REST_PERCENTILE)
+    return np.asarray(rest / rest.sum(), np.float64)
