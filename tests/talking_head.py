@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import av
 import numpy as np
@@ -130,12 +134,40 @@ def _draw(points: npt.NDArray[np.float64], blink: float, size: int) -> npt.NDArr
     return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
 
 
-def write_video(path: Path, frames: list[npt.NDArray[np.uint8]], fps: int = clock.FPS) -> None:
-    """H.264 of good quality, without audio."""
+def write_video(
+    path: Path,
+    frames: Sequence[npt.NDArray[np.uint8]],
+    fps: int = clock.FPS,
+    *,
+    times: Sequence[float] | None = None,  # seconds of each frame; default: ``fps``
+    audio: Float32 | None = None,  # [samples] at 16 kHz
+    audio_begins: float = 0.0,  # seconds
+    rotation: int = 0,  # degrees by which a player turns the picture counterclockwise
+    codecs: tuple[str, str] = ("libx264", "aac"),
+    options: Mapping[str, str] = MappingProxyType({"crf": "12"}),
+    container_options: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """A video of good quality; without audio unless there is some."""
     height, width = frames[0].shape[:2]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "12"})
+    with av.open(str(path), "w", container_options=dict(container_options)) as container:
+        stream: Any = container.add_stream(codecs[0], rate=fps, options=dict(options))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 90_000)
+        if rotation:
+            stream.set_display_rotation(rotation)
+        sound: Any = None if audio is None else container.add_stream(codecs[1], rate=48_000, layout="mono")
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = round(times[index] * 90_000), Fraction(1, 90_000)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+        if sound is not None and audio is not None:
+            samples = av.AudioFrame.from_ndarray(audio[None], format="flt", layout="mono")
+            samples.sample_rate, samples.time_base = clock.SAMPLE_RATE, Fraction(1, clock.SAMPLE_RATE)
+            samples.pts = round(audio_begins * clock.SAMPLE_RATE)
+            resampler = av.AudioResampler(sound.codec_context.format, "mono", 48_000)
+            for piece in (*resampler.resample(samples), *resampler.resample(None)):
+                container.mux(sound.encode(piece))
+            container.mux(sound.encode(None))

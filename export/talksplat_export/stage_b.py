@@ -63,12 +63,7 @@ def hear(audio: Float32, frames: int) -> Heard:
     length = chunks * clock.CHUNK_SAMPLES
     audio = np.pad(audio[:length], (0, max(length - len(audio), 0)))
     features = audio_encoder.load(audio_encoder.WEIGHTS).encode(torch.from_numpy(audio)).numpy()[:frames]
-    padded = np.pad(audio, (clock.LEFT_CONTEXT, clock.LOOK_AHEAD))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, clock.WINDOW)[:: clock.CHUNK_SAMPLES]
-    detector = vad.load()
-    with torch.inference_mode():
-        speech = [detector(torch.from_numpy(windows[start : start + 32].copy())) for start in range(0, chunks, 32)]
-    return Heard(features, torch.cat(speech).reshape(-1).numpy()[:frames])
+    return Heard(features, vad.detect(audio, frames))
 
 
 def versions(audio: Float32, frames: int, count: int, seed: int, advance: Callable[[int], object]) -> list[Heard]:

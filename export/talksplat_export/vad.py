@@ -11,12 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talksplat.clock import CHUNK_FRAMES, LEFT_CONTEXT, SAMPLES_PER_FRAME, WINDOW
+from talksplat.clock import CHUNK_FRAMES, CHUNK_SAMPLES, LEFT_CONTEXT, LOOK_AHEAD, SAMPLES_PER_FRAME, WINDOW
 
 from ._onnx import export as export_onnx
 from ._onnx import parity
@@ -151,3 +152,21 @@ def export(repository: Path) -> None:
     export_onnx(module, path, {"AUDIO": torch.zeros(2, WINDOW)}, ["SPEECH"], {"AUDIO": batch, "SPEECH": batch})
     noise = torch.randn(3, WINDOW, generator=torch.Generator().manual_seed(0)) * 0.1
     parity(module, path, {"AUDIO": noise}, TOLERANCE)
+
+
+@torch.inference_mode()
+def detect(
+    audio: npt.NDArray[np.float32],  # [samples]
+    frames: int,
+) -> npt.NDArray[np.float32]:
+    """Probability of speech in each of so many frames, [frames], window by window as a stream is served.
+
+    Silence follows where the audio is shorter.
+    """
+    module = load()
+    chunks = -(-frames // CHUNK_FRAMES)
+    audio = audio[: chunks * CHUNK_SAMPLES]
+    padded = np.pad(audio, (LEFT_CONTEXT, chunks * CHUNK_SAMPLES - len(audio) + LOOK_AHEAD))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::CHUNK_SAMPLES]
+    found = [module(torch.from_numpy(windows[start : start + 32].copy())) for start in range(0, chunks, 32)]
+    return np.asarray(torch.cat(found).reshape(-1).numpy()[:frames])
