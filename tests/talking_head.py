@@ -108,6 +108,7 @@ def make_track(frames: int = 120, seed: int = 0) -> tuple[Track, Float32]:
         viewmats=viewmats.astype(np.float32),
         K=intrinsics,
         landmarks=pixels.astype(np.float32),
+        seen=np.ones(frames, bool),
         source="test",
     )
     return track, np.stack([rest, drop]).astype(np.float32)

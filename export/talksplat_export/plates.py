@@ -8,6 +8,7 @@ import simplejpeg
 from talksplat_export.recording import Recording
 from talksplat_export.track import Track
 
+NO_FACE = 100.0  # what a frame without a face costs; one with the mouth wide open costs 1
 QUALITIES = range(92, 48, -2)  # of JPEG, best first
 
 
@@ -26,7 +27,7 @@ def choose(track: Track, count: int) -> range:
     view = track.viewmats.reshape(len(track), 16)
     away = np.linalg.norm(view - view.mean(0), axis=1)
     speed = np.linalg.norm(np.gradient(view, axis=0), axis=1) if len(track) > 1 else np.zeros(1)
-    cost = opening.clip(0) + track.blink + away / max(float(away.mean()), 1e-9) * 0.2
+    cost = opening.clip(0) + track.blink + away / max(float(away.mean()), 1e-9) * 0.2 + NO_FACE * ~track.seen
     mean = np.convolve(cost, np.ones(count) / count, "valid")
     ends = (speed[: len(mean)] + speed[count - 1 :]) / max(float(speed.mean()), 1e-9)
     start = int(np.argmin(mean + 0.1 * ends))

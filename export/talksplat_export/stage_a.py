@@ -192,10 +192,14 @@ class Head(nn.Module):
 
 
 def sampling(track: Track) -> npt.NDArray[np.float64]:
-    """How likely each frame is drawn, [T]: more often with lips wide open or closed, or with shut eyes."""
+    """How likely each frame is drawn, [T]: more often with lips wide open or closed, or with shut eyes.
+
+    Never one without a face.
+    """
     opening = track.lip_opening
     low, high = np.percentile(opening, [10, 90])
     share = 1 + 1.5 * (opening > high) + 1.0 * (opening < low) + 3.0 * (track.blink > 0.1)
+    share *= track.seen
     return np.asarray(share / share.sum(), np.float64)
 
 

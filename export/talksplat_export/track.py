@@ -104,6 +104,7 @@ class Track:
     viewmats: Float32  # [T, 4, 4] head frame -> camera
     K: Float32  # [3, 3] pixels
     landmarks: Float32  # [T, L, 2] pixels, as seen; L is a key of LAYOUTS
+    seen: npt.NDArray[np.bool_]  # [T] whether there is a face; where not, everything else is guessed
     source: str
 
     def __post_init__(self) -> None:
@@ -119,6 +120,7 @@ class Track:
             "viewmats": (frames, 4, 4),
             "K": (3, 3),
             "landmarks": (frames, count, 2),
+            "seen": (frames,),
         }
         for name, shape in expected.items():
             array = getattr(self, name)
@@ -147,6 +149,7 @@ class Track:
             blink=self.blink[frames],
             viewmats=self.viewmats[frames],
             landmarks=self.landmarks[frames],
+            seen=self.seen[frames],
         )
 
     def save(self, path: Path) -> None:
@@ -248,6 +251,7 @@ def from_ground_truth(path: Path, recording: Recording) -> Track:
         viewmats=viewmats.astype(np.float32),
         K=np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], np.float32),
         landmarks=arrays["landmarks68_px"],
+        seen=np.ones(frames, bool),
         source=f"ground truth {path.name}",
     )
 
@@ -463,6 +467,7 @@ def from_mediapipe(
         viewmats=viewmats.astype(np.float32),
         K=np.array([[focal, 0, recording.size / 2], [0, focal, recording.size / 2], [0, 0, 1]], np.float32),
         landmarks=landmarks.astype(np.float32),
+        seen=found.seen,
         source="mediapipe FaceLandmarker",
     )
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from argparse import ArgumentParser
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,14 @@ def test_calm_frames_become_the_plates(head: dict[str, Path]) -> None:
     assert tracked.lip_opening[chosen.start : chosen.stop].max() < np.percentile(tracked.lip_opening, 60)
     assert tracked.blink[chosen.start : chosen.stop].max() == 0
     assert len(plates.choose(tracked, 10_000)) == len(tracked)
+
+
+def test_frames_without_a_face_are_neither_plates_nor_fitted_to() -> None:
+    tracked, _ = talking_head.make_track(60)
+    seen = np.ones(60, bool)
+    seen[20:26] = False
+    tracked = replace(tracked, seen=seen)
+    assert seen[list(plates.choose(tracked, 20))].all()
+    share = stage_a.sampling(tracked)
+    assert share[~seen].max() == 0
+    assert share[seen].min() > 0
