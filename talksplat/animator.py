@@ -1,8 +1,8 @@
-"""From an avatar's coefficients to its frames: what the model `rasterizer` does.
+"""From an avatar's coefficients or offsets to its frames: what the model `rasterizer` does.
 
-A frame depends on its request alone: audio moves the face through the coefficients, and blink and plate follow from
-the frame's index and a seed. So any server renders any chunk, and the same chunk gives the same bytes wherever and in
-whatever company it is rendered.
+A frame depends on its request alone: audio moves the face through coefficients (of the profile "huma2") or through
+offsets of every Gaussian ("huma1"), and blink and plate follow from the frame's index and a seed. So any server renders
+any chunk, and the same chunk gives the same bytes wherever and in whatever company it is rendered.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +26,7 @@ import simplejpeg
 
 from talksplat import avatar as bundle
 from talksplat import clock, splat
-from talksplat.avatar import Avatar, BundleError
+from talksplat.avatar import AnyAvatar, Avatar, BundleError, Huma1Avatar
 from talksplat.cache import AvatarCache
 from talksplat.framing import RequestError
 
@@ -79,7 +80,7 @@ class Chunk:
     """What one chunk's frames are drawn from."""
 
     avatar: str
-    coefficients: Float32  # [4, 20]
+    motion: Float32  # [4, 20] coefficients, or [4, 14, N] offsets of an avatar of the profile "huma1"
     speech: Float32  # [4] probability
     frame_index: int  # of the first frame
     options: Options = Options()
@@ -88,7 +89,7 @@ class Chunk:
 def gate(
     speech: Float32,  # probability
 ) -> Float32:
-    """How much of the coefficients counts: a smooth step, so that the lips rest in silence and never jump."""
+    """How much of the motion counts: a smooth step, so that the lips rest in silence and never jump."""
     low, high = SPEECH_EDGES
     t = np.clip((speech - np.float32(low)) / np.float32(high - low), 0, 1)
     return t * t * (3 - 2 * t)
@@ -156,6 +157,8 @@ class Animator:
     def preload(self, avatar_id: str) -> dict[str, Any]:
         """Load an avatar, or its newer version, and draw one frame so that nothing is done for the first time later.
 
+        Of the profile "huma1", whose frames have no time to spare, all plates are decoded too, if there is room.
+
         Raises:
             UnknownAvatarError: there is none.
             BundleError: its bundle can't be read.
@@ -164,13 +167,21 @@ class Animator:
         with self._avatars.use(avatar_id, strict=True) as loaded:
             avatar, cached = loaded.avatar, loaded.warm
             if not cached:
-                weights, size = np.zeros(bundle.WEIGHTS, np.float32), (avatar.width, avatar.height)
-                self._pool.submit(self._frame, loaded, weights, 0, size, Options()).result()
+                size, rest = (avatar.width, avatar.height), np.zeros(loaded.motion_shape, np.float32)
+                if isinstance(avatar, Huma1Avatar):
+                    list(
+                        self._pool.map(
+                            lambda index: self._plates.get(loaded, index, *size), range(self._plates.room(loaded))
+                        )
+                    )
+                self._pool.submit(self._frame, loaded, rest, 0.0, 0, size, Options()).result()
                 loaded.warm = True
         return {
             "avatar": avatar_id,
             "loaded": True,
             "cached": cached,
+            "profile": avatar.profile,
+            "model": avatar.model,
             "width": avatar.width,
             "height": avatar.height,
             "gaussians": avatar.gaussians,
@@ -200,7 +211,7 @@ class Animator:
             return loaded
         avatar, options = loaded.avatar, chunk.options
         try:
-            weights = _weights(chunk)
+            motion = _motion(chunk, loaded)
             width, height = _output_size(avatar, options.size)
         except RequestError as error:
             return error
@@ -209,20 +220,24 @@ class Animator:
             self._pool.submit(
                 self._frame,
                 loaded,
-                frame_weights,
+                frame_motion,
+                blink(index, options.seed),
                 plate_index(index, options.seed, len(avatar.plates)),
                 (width, height),
                 options,
             )
-            for index, frame_weights in zip(indices, weights, strict=True)
+            for index, frame_motion in zip(indices, motion, strict=True)
         ]
 
-    def _frame(self, loaded: _Loaded, weights: Float32, plate: int, size: tuple[int, int], options: Options) -> bytes:
-        """One frame from weights to bytes, in a thread of the pool: nothing of it waits for another frame."""
+    def _frame(
+        self, loaded: _Loaded, motion: Float32, lids: float, plate: int, size: tuple[int, int], options: Options
+    ) -> bytes:
+        """One frame from its motion to bytes, in a thread of the pool: nothing of it waits for another frame."""
         avatar, (width, height) = loaded.avatar, size
         frame = self._frame_buffer(width, height)
         behind = self._plates.get(loaded, plate, width, height)
-        job = splat.Job(loaded.shapes, weights, avatar.viewmats[plate], loaded.intrinsics(width, height), behind, frame)
+        shapes, weights = loaded.posed(motion, lids)
+        job = splat.Job(shapes, weights, avatar.viewmats[plate], loaded.intrinsics(width, height), behind, frame)
         splat.render_onto([job], threads=1)
         if options.format == "raw":
             return frame.tobytes()
@@ -239,14 +254,33 @@ class Animator:
 class _Loaded:
     """An avatar in memory, ready to be drawn."""
 
-    avatar: Avatar
-    shapes: splat.Blendshapes
+    avatar: AnyAvatar
     warm: bool = False  # whether `preload` has drawn a frame of it
 
     @classmethod
     def read(cls, root: Path, avatar_id: str) -> Self:
-        avatar = bundle.read(root, avatar_id)
-        return cls(avatar, splat.Blendshapes(avatar.canonical, avatar.bases, avatar.basis_scales))
+        return cls(bundle.read(root, avatar_id, AnyAvatar))
+
+    @cached_property
+    def shapes(self) -> splat.Blendshapes:
+        """Of the profile "huma2"."""
+        assert isinstance(self.avatar, Avatar)
+        return splat.Blendshapes(self.avatar.canonical, self.avatar.bases, self.avatar.basis_scales)
+
+    @property
+    def motion_name(self) -> str:
+        return "OFFSETS" if isinstance(self.avatar, Huma1Avatar) else "COEFFICIENTS"
+
+    @property
+    def motion_shape(self) -> tuple[int, ...]:
+        """Of one frame's motion."""
+        return self.avatar.canonical.shape if isinstance(self.avatar, Huma1Avatar) else (bundle.COEFFICIENTS,)
+
+    def posed(self, motion: Float32, lids: float) -> tuple[splat.Blendshapes, Float32]:
+        """What the rasterizer draws for a gated motion and lids that are so far shut."""
+        if isinstance(self.avatar, Huma1Avatar):
+            return posed(self.avatar, motion, lids), np.zeros(0, np.float32)
+        return self.shapes, np.append(motion, np.float32(lids))
 
     def intrinsics(self, width: int, height: int) -> Float32:  # [3, 3]
         """Of the camera that sees the avatar at this size."""
@@ -255,8 +289,21 @@ class _Loaded:
 
     def bytes_of(self) -> int:
         avatar = self.avatar
-        arrays = (avatar.canonical, avatar.bases, avatar.basis_scales, avatar.viewmats)
+        arrays = [array for array in vars(avatar).values() if isinstance(array, np.ndarray)]
         return sum(array.nbytes for array in arrays) + sum(map(len, avatar.plates))
+
+
+def posed(
+    avatar: Huma1Avatar,
+    offsets: Float32,  # [14, N] gated
+    lids: float,  # 0 open .. 1 shut
+) -> splat.Blendshapes:
+    """The Gaussians of one frame, as shapes without bases."""
+    planes = avatar.canonical + offsets
+    if lids:
+        planes += np.float32(lids) * avatar.blink
+    none = np.zeros((bundle.ATTRIBUTES, 0, avatar.gaussians), np.int8)
+    return splat.Blendshapes(planes, none, np.zeros((bundle.ATTRIBUTES, 0), np.float32))
 
 
 class _PlateCache:
@@ -292,6 +339,11 @@ class _PlateCache:
                 self._bytes -= self._plates.popitem(last=False)[1].nbytes
         return plate
 
+    def room(self, loaded: _Loaded) -> int:
+        """How many plates of an avatar, at its own size, the budget holds."""
+        avatar = loaded.avatar
+        return min(len(avatar.plates), self._max_bytes // (avatar.width * avatar.height * 3))
+
     def forget(self, loaded: _Loaded) -> None:
         with self._lock:
             for key in [key for key in self._plates if key[0] is loaded]:
@@ -323,10 +375,16 @@ def _outcome(frames: Sequence[Future[bytes]]) -> list[bytes] | Exception:
     return errors[0] if errors else [frame.result() for frame in frames]
 
 
-def _weights(chunk: Chunk) -> Float32:  # [4, 21]
-    """The gated coefficients and the blink; raises RequestError for what no frame can be drawn from."""
+def _motion(chunk: Chunk, loaded: _Loaded) -> Float32:  # [4, 20] or [4, 14, N]
+    """The gated motion; raises RequestError for what no frame can be drawn from."""
+    avatar = loaded.avatar
+    if (chunk.motion.ndim == 3) != isinstance(avatar, Huma1Avatar):
+        raise RequestError(
+            f"Avatar {avatar.id!r} is of the profile {avatar.profile}, which moves by {loaded.motion_name}: "
+            f"the model {avatar.model} animates it."
+        )
     for name, array, shape in (
-        ("COEFFICIENTS", chunk.coefficients, (clock.CHUNK_FRAMES, bundle.COEFFICIENTS)),
+        (loaded.motion_name, chunk.motion, (clock.CHUNK_FRAMES, *loaded.motion_shape)),
         ("SPEECH", chunk.speech, (clock.CHUNK_FRAMES,)),
     ):
         if array.shape != shape:
@@ -335,14 +393,10 @@ def _weights(chunk: Chunk) -> Float32:  # [4, 21]
             raise RequestError(f"{name} holds NaN or infinity; so did the audio, or it was far beyond [-1, 1].")
     if not 0 <= chunk.frame_index <= MAX_FRAME_INDEX:
         raise RequestError(f"FRAME_INDEX is {chunk.frame_index}, expected 0 to {MAX_FRAME_INDEX}.")
-    weights = np.empty((clock.CHUNK_FRAMES, bundle.WEIGHTS), np.float32)
-    np.multiply(chunk.coefficients, gate(chunk.speech)[:, None], out=weights[:, : bundle.COEFFICIENTS])
-    for frame in range(clock.CHUNK_FRAMES):
-        weights[frame, bundle.BLINK] = blink(chunk.frame_index + frame, chunk.options.seed)
-    return weights
+    return np.asarray(chunk.motion * gate(chunk.speech).reshape(-1, *(1 for _ in loaded.motion_shape)), np.float32)
 
 
-def _output_size(avatar: Avatar, size: int | None) -> tuple[int, int]:
+def _output_size(avatar: AnyAvatar, size: int | None) -> tuple[int, int]:
     """Width and height of the frames."""
     if size is None:
         return avatar.width, avatar.height

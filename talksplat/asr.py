@@ -174,7 +174,7 @@ def in_process(
 
     networks = Networks(
         vad=lambda windows: vad.run(None, {"AUDIO": windows})[0],
-        encoder=lambda audio: encoder.run(None, {"AUDIO": audio})[0],
+        encoder=lambda audio: encoder.run(["CROSS_KV"], {"AUDIO": audio})[0],
         decoder=step,
     )
     networks.vad(np.zeros((1, WINDOW), np.float32))

@@ -61,6 +61,7 @@ TRIPLANE_SIZES = (64, 128)  # of the coarse and the fine planes, texels a side
 TRIPLANE_CHANNELS = 16
 HUMA1_FEATURES = TRIPLANE_CHANNELS * len(TRIPLANE_SIZES)  # of a Gaussian, out of the triplanes
 SPEECH_WIDTH = 416  # of a token: Moonshine base's encoder
+WINDOW_TOKENS = 37  # of a window of `talksplat.clock`
 SPEECH_TOKENS = 12  # that a frame looks at, 24 ms apart
 HEADS, KEY, VALUE = 2, 32, 64  # of the attention
 HUMA1_WEIGHTS = {

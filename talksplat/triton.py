@@ -6,7 +6,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from talksplat.avatar import UnknownAvatarError
+from talksplat.avatar import ProfileError, UnknownAvatarError
 from talksplat.framing import RequestError
 
 
@@ -34,7 +34,7 @@ def response(**outputs: Any) -> Any:
 
 def failure(error: Exception) -> Any:
     """The response that tells a client about an error, in a sentence."""
-    if isinstance(error, RequestError):
+    if isinstance(error, RequestError | ProfileError):
         code = pb_utils.TritonError.INVALID_ARG
     elif isinstance(error, UnknownAvatarError):
         code = pb_utils.TritonError.NOT_FOUND

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from make_avatar import COLORS, write_avatar
+from make_avatar import COLORS, make_huma1_avatar, write_avatar
 
+from talksplat import avatar as bundle
 from talksplat.server import Ports, Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,10 +24,15 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The real server, started once: with the exported models, three synthetic avatars and, once it is fitted, ava."""
+    """The real server, started once: with the exported models, synthetic avatars and, once it is fitted, ava.
+
+    The synthetic ones are those of `COLORS`, and two of the profile huma1, "violet" and "grey".
+    """
     avatars = tmp_path_factory.mktemp("avatars")
     for avatar_id in COLORS:
         write_avatar(avatars, avatar_id)
+    for avatar_id in ("violet", "grey"):
+        bundle.write(make_huma1_avatar(avatar_id), avatars)
     if (ROOT / "avatars" / "ava").is_dir():
         shutil.copytree(ROOT / "avatars" / "ava", avatars / "ava")
     run_dir = tmp_path_factory.mktemp("server")

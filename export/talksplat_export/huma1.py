@@ -31,6 +31,7 @@ from talksplat.avatar import (
     SPEECH_TOKENS,
     SPEECH_WIDTH,
     VALUE,
+    WINDOW_TOKENS,
 )
 from talksplat.triplanes import AXES
 
@@ -41,7 +42,6 @@ TOLERANCE = 5e-5
 # Moonshine's convolutions: a token of 384 samples' stride, whose centre lies 447 samples after the first one's start.
 TOKEN_STRIDE = 64 * 3 * 2
 TOKEN_CENTRE = 63 + 64 * 3 + 64 * 3
-WINDOW_TOKENS = (((clock.WINDOW - 127) // 64 + 1 - 7) // 3 + 1 - 3) // 2 + 1
 
 
 def sample(

@@ -30,6 +30,7 @@ from talksplat.avatar import (
     SPEECH_WIDTH,
     TRIPLANE_CHANNELS,
     TRIPLANE_SIZES,
+    WINDOW_TOKENS,
 )
 from talksplat_export import augment, huma1, moonshine, splat_torch, stage_a, vad
 from talksplat_export.stage_a import Crops, Gaussians
@@ -80,7 +81,7 @@ def hear(audios: Sequence[Float32], frames: int, advance: Callable[[int], object
     """
     encoder, detector = moonshine.load_wheel("base")[0].model.encoder, vad.load()
     chunks = -(-(frames + clock.CHUNK_FRAMES - 1) // clock.CHUNK_FRAMES)
-    hidden = np.empty((len(audios), chunks, huma1.WINDOW_TOKENS, SPEECH_WIDTH), np.float16)
+    hidden = np.empty((len(audios), chunks, WINDOW_TOKENS, SPEECH_WIDTH), np.float16)
     speech = np.empty((len(audios), frames), np.float32)
     for version, audio in enumerate(audios):
         early = version % clock.CHUNK_FRAMES

@@ -81,6 +81,11 @@ def models(asr: str = "base", asr_weights: Path | None = None) -> list[Model]:
             ["audio_encoder/1/model.onnx"],
             [_HERE / "audio_encoder.py", _HERE / "weights" / "audio_encoder.safetensors"],
         ),
+        Model(
+            "huma1",
+            ["deformation_huma1/1/model.onnx"],
+            [_HERE / "huma1.py", _RUNTIME / "avatar.py", _RUNTIME / "triplanes.py"],
+        ),
         Model("vad", ["vad/1/model.onnx"], [_HERE / "vad.py"]),
         Model(
             "asr",

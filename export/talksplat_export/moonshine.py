@@ -5,11 +5,12 @@ Their weights are dequantised into the module below, whose parameter names are t
 so that a downloaded `model.safetensors` loads as well. The two graphs hold no control flow, and the cache of keys
 and values travels as tensors:
 
-    asr_encoder  AUDIO [B, T]                                          -> CROSS_KV [B, 2, L, H, S, D]
-    asr_decoder  TOKEN [B, 1], CROSS_KV, PAST_KV [B, 2, L, H, P, D]    -> LOGITS [B, V], PRESENT_KV (P + 1)
+    asr_encoder  AUDIO [B, T]                          -> CROSS_KV [B, 2, L, H, S, D], HIDDEN [B, S, C], WINDOW [B, T]
+    asr_decoder  TOKEN [B, 1], CROSS_KV, PAST_KV [B, 2, L, H, P, D] -> LOGITS [B, V], PRESENT_KV (P + 1)
 
-with L layers, H heads of size D, S frames of about 24 ms; keys stand before values; P is 0 at the start. There is
-no padding mask, since the encoder normalises over the whole clip: rows of one batch have the same true length.
+with L layers, H heads of size D, C channels, S frames of 24 ms; keys stand before values; P is 0 at the start. HIDDEN
+is what the encoder heard, from which Huma 1 animates; WINDOW is AUDIO once more, for the next step of its chain. There
+is no padding mask, since the encoder normalises over the whole clip: rows of one batch have the same true length.
 """
 
 from __future__ import annotations
@@ -261,19 +262,20 @@ class Moonshine(nn.Module):
 
 
 class EncoderGraph(nn.Module):
-    """`AUDIO` [B, T] -> `CROSS_KV` [B, 2, L, H, S, D]."""
+    """`AUDIO` [B, T] -> `CROSS_KV` [B, 2, L, H, S, D], `HIDDEN` [B, S, C], `WINDOW` [B, T]."""
 
     def __init__(self, model: Moonshine) -> None:
         super().__init__()
         self.encoder, self.decoder = model.model.encoder, model.model.decoder
 
-    def forward(self, audio: Tensor) -> Tensor:
-        """All that the decoder wants of the clip, made once."""
+    def forward(self, audio: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All that the decoder wants of the clip, made once; what it is made from; the clip."""
         frames = self.encoder(audio)
         attentions = [layer.encoder_attn for layer in self.decoder.blocks()]
-        return _stack(
+        cross = _stack(
             [attention.keys(frames) for attention in attentions], [attention.values(frames) for attention in attentions]
         )
+        return cross, frames, audio.clone()
 
 
 class DecoderStep(nn.Module):
@@ -444,15 +446,15 @@ def export(repository: Path, size: Size = "base", weights: Path | None = None) -
     encoder, decoder = EncoderGraph(model), DecoderStep(model)
     audio = torch.zeros(2, 16_000)
     with torch.inference_mode():
-        cross = encoder(audio)
+        cross, *_ = encoder(audio)
     past = torch.zeros(2, 2, model.layers, HEADS, 3, model.width // HEADS)
-    clip = {0: "batch", 4: "frames"}
+    clip, samples = {0: "batch", 4: "frames"}, {0: "batch", 1: "samples"}
     export_onnx(
         encoder,
         encoder_path,
         inputs={"AUDIO": audio},
-        outputs=["CROSS_KV"],
-        dynamic={"AUDIO": {0: "batch", 1: "samples"}, "CROSS_KV": clip},
+        outputs=["CROSS_KV", "HIDDEN", "WINDOW"],
+        dynamic={"AUDIO": samples, "CROSS_KV": clip, "HIDDEN": {0: "batch", 1: "frames"}, "WINDOW": samples},
     )
     export_onnx(
         decoder,
@@ -470,25 +472,27 @@ def export(repository: Path, size: Size = "base", weights: Path | None = None) -
     check(model, encoder_path, decoder_path)
     write(repository / "asr" / "1" / "tokenizer.bin", tokenizer)
     for path in (encoder_path, decoder_path):
-        _resize_cache(path.parent.parent / "config.pbtxt", model)
+        _resize(path.parent.parent / "config.pbtxt", model)
 
 
-def _resize_cache(path: Path, model: Moonshine) -> None:
-    """Give a config the model's number of layers and size of heads, if it has another size's.
+def _resize(path: Path, model: Moonshine) -> None:
+    """Give a config the model's number of layers and channels and size of heads, if it has another size's.
 
     The configs are written for the base model, and one that fits is left as it is, with its comments.
     """
     if not path.is_file():
         return
     config = text_format.Parse(path.read_text(), ModelConfig())
-    tensors = [*config.input, *config.output]
-    warm = [item for warmup in config.model_warmup for item in warmup.inputs.items()]
-    caches = [tensor.dims for tensor in tensors if tensor.name.endswith("_KV")]
-    caches += [value.dims for name, value in warm if name.endswith("_KV")]
-    if all((dims[1], dims[4]) == (model.layers, model.width // HEADS) for dims in caches):
+    tensors = {tensor.name: tensor.dims for tensor in [*config.input, *config.output]}
+    warm = {name: value.dims for warmup in config.model_warmup for name, value in warmup.inputs.items()}
+    caches = [dims for each in (tensors, warm) for name, dims in each.items() if name.endswith("_KV")]
+    wanted = model.layers, model.width // HEADS, model.width
+    if all((dims[1], dims[4], tensors.get("HIDDEN", wanted)[-1]) == wanted for dims in caches):
         return
     for dims in caches:
         dims[1], dims[4] = model.layers, model.width // HEADS
+    if "HIDDEN" in tensors:
+        tensors["HIDDEN"][1] = model.width
     write(path, text_format.MessageToString(config).encode())
 
 
@@ -505,7 +509,7 @@ def check(model: Moonshine, encoder_path: Path, decoder_path: Path) -> float:
         audio = torch.randn(batch, samples, generator=generator) * 0.1
         worst = max(worst, parity(encoder, encoder_path, {"AUDIO": audio}, TOLERANCE))
         with torch.inference_mode():
-            cross = encoder(audio)
+            cross, *_ = encoder(audio)
         past = model.empty_cache(batch)
         vocabulary = model.model.decoder.embed_tokens.num_embeddings
         for token in torch.randint(3, vocabulary, (4, batch, 1), generator=generator):

@@ -58,7 +58,7 @@ def test_the_files_give_the_logits_of_torch_token_by_token(
     cross, empty = networks.encoder(clip), base.empty_cache(1)
     actual = np.array(token_by_token(tokens, networks.decoder, cross, empty.numpy()))
     with torch.inference_mode():
-        theirs = moonshine.EncoderGraph(base)(torch.from_numpy(clip))
+        theirs, *_ = moonshine.EncoderGraph(base)(torch.from_numpy(clip))
         expected = token_by_token(tokens, lambda token, *rest: step(torch.from_numpy(token), *rest), theirs, empty)
     np.testing.assert_allclose(actual, np.array(expected), rtol=0, atol=1e-3 * np.abs(np.array(expected)).max())
 
@@ -134,13 +134,19 @@ def test_a_downloaded_model_is_exported_like_a_wheels(download: Path, tmp_path: 
     assert [list(tensor.dims) for tensor in config.input] == [[1], [2, 1, 8, -1, 36], [2, 1, 8, -1, 36]]
     assert list(config.output[1].dims) == [2, 1, 8, -1, 36]
     assert list(config.model_warmup[0].inputs["PAST_KV"].dims) == [2, 1, 8, 1, 36]
+    config = text_format.Parse((repository / "asr_encoder" / "config.pbtxt").read_text(), ModelConfig())
+    assert {tensor.name: list(tensor.dims) for tensor in config.output} == {
+        "CROSS_KV": [2, 1, 8, -1, 36],
+        "HIDDEN": [-1, 288],
+        "WINDOW": [-1],
+    }
 
 
 def test_a_config_that_fits_keeps_its_comments(base: moonshine.Moonshine, tmp_path: Path) -> None:
     text = (ROOT / "model_repository" / "asr_decoder" / "config.pbtxt").read_text()
     path = tmp_path / "config.pbtxt"
     path.write_text(text)
-    moonshine._resize_cache(path, base)
+    moonshine._resize(path, base)
     assert path.read_text() == text
 
 

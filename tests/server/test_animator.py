@@ -47,7 +47,7 @@ def test_a_frame_is_the_blended_avatar_over_its_plate(animator: Animator) -> Non
     assert not isinstance(frames, Exception)
     shapes = splat.Blendshapes(avatar.canonical, avatar.bases, avatar.basis_scales)
     for offset, frame in enumerate(frames):
-        weights = np.append(asked.coefficients[offset], np.float32(blink(30 + offset)))
+        weights = np.append(asked.motion[offset], np.float32(blink(30 + offset)))
         plate = plate_index(30 + offset, 0, len(avatar.plates))
         behind = simplejpeg.decode_jpeg(avatar.plates[plate], "RGB")
         (expected,) = splat.render_onto([splat.Job(shapes, weights, avatar.viewmats[plate], avatar.K, behind)])
@@ -65,7 +65,7 @@ def test_each_chunk_gets_its_own_frames_or_its_own_error(animator: Animator, roo
     (root / "broken").mkdir()
     (root / "broken" / "avatar.json").write_text("{}")
     bad = chunk()
-    bad.coefficients[2, 3] = np.nan
+    bad.motion[2, 3] = np.nan
     asked = [
         *(chunk("red"), chunk("nobody"), chunk("green", 8), chunk("broken"), bad),
         *(chunk("red", -1), chunk("red", options=Options(size=128)), chunk("green")),

@@ -48,6 +48,7 @@ def test_every_model_of_the_design_is_there() -> None:
             "asr_decoder",
         ),
         *("animate", "transcribe", "speech_to_animation"),
+        *("animate_huma1", "avatar_huma1", "deformation_huma1"),
     }
 
 
@@ -61,7 +62,8 @@ def test_a_config_follows_the_house_rules(name: str) -> None:
     assert not model.model_transaction_policy.decoupled
     if model.max_batch_size and model.platform != "ensemble":
         assert model.HasField("dynamic_batching")
-        assert model.max_batch_size * clock.CHUNK_SAMPLES >= framing.MAX_SAMPLES or name.startswith("asr_")
+        whole_utterances = not name.startswith("asr_") and not name.endswith("_huma1")
+        assert not whole_utterances or model.max_batch_size * clock.CHUNK_SAMPLES >= framing.MAX_SAMPLES
 
 
 def test_at_most_one_step_waits_for_company() -> None:
@@ -123,8 +125,9 @@ def graph_tensors(nodes: Iterable[Any]) -> dict[str, tuple[str, list[int]]]:
     }
 
 
-def test_animate_tells_clients_the_clock() -> None:
-    told = {name: int(parameter.string_value) for name, parameter in CONFIGS["animate"].parameters.items()}
+@pytest.mark.parametrize("name", [kind.model for kind in bundle.PROFILES.values()])
+def test_animate_tells_clients_the_clock(name: str) -> None:
+    told = {key: int(parameter.string_value) for key, parameter in CONFIGS[name].parameters.items()}
     assert told == {
         "sample_rate": clock.SAMPLE_RATE,
         "fps": clock.FPS,
@@ -132,6 +135,22 @@ def test_animate_tells_clients_the_clock() -> None:
         "left_context": clock.LEFT_CONTEXT,
         "look_ahead": clock.LOOK_AHEAD,
         "max_utterance_seconds": clock.MAX_UTTERANCE_SECONDS,
+    }
+
+
+def test_clients_use_every_profile_alike() -> None:
+    huma2, huma1 = (CONFIGS[bundle.PROFILES[profile].model] for profile in ("huma2", "huma1"))
+    assert (list(huma1.input), list(huma1.output)) == (list(huma2.input), list(huma2.output))
+
+
+def test_the_configs_of_huma1_have_the_sizes_of_clock_and_bundle() -> None:
+    net = CONFIGS["deformation_huma1"]
+    dims = {tensor.name: tuple(tensor.dims) for side in (net.input, net.output) for tensor in side}
+    assert dims == {
+        "HIDDEN": (bundle.WINDOW_TOKENS, bundle.SPEECH_WIDTH),
+        "TABLE": (bundle.HUMA1_FEATURES, -1),
+        **{name.upper(): shape for name, shape in bundle.HUMA1_WEIGHTS.items()},
+        "OFFSETS": (clock.CHUNK_FRAMES, bundle.ATTRIBUTES, -1),
     }
 
 

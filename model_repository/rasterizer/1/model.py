@@ -1,16 +1,19 @@
-"""Coefficients -> frames; the work is done in `talksplat.animator`."""
+"""Coefficients or offsets -> frames; the work is done in `talksplat.animator`."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import triton_python_backend_utils as pb_utils
 
 from talksplat.animator import Animator, Chunk, Options
+from talksplat.avatar import HUMA1_WEIGHTS, SPEECH_WIDTH, WINDOW_TOKENS, BundleError, Huma1Avatar
 from talksplat.framing import RequestError
 from talksplat.triton import array, avatar_ids, failure, response
 
@@ -27,7 +30,7 @@ class TritonPythonModel:
         root = Path(os.environ["TALKSPLAT_AVATARS"])
         self.animator = Animator(root, avatar_bytes=avatar_bytes, plate_bytes=plate_bytes)
         self.operations: dict[str, Callable[[str], dict[str, Any]]] = {
-            "preload": self.animator.preload,
+            "preload": self._preload,
             "unload": self.animator.unload,
             "list": lambda _: self.animator.catalogue(),
         }
@@ -63,15 +66,37 @@ class TritonPythonModel:
         reports = [[json.dumps(operation(avatar_id)).encode()] for avatar_id in avatar_ids(request)]
         return response(REPORT=np.array(reports, np.object_))
 
+    def _preload(self, avatar_id: str) -> dict[str, Any]:
+        report = self.animator.preload(avatar_id)
+        if report["profile"] == Huma1Avatar.profile and not report["cached"]:
+            began = time.perf_counter()
+            _warm_up_huma1(avatar_id)
+            report["milliseconds"] += round(1e3 * (time.perf_counter() - began), 2)
+        return report
+
+
+def _warm_up_huma1(avatar_id: str) -> None:
+    """Have the other processes of the profile bake the avatar's table and run the net once."""
+    name = pb_utils.Tensor("AVATAR", np.array([[avatar_id.encode()]], np.object_))
+    outputs = ["TABLE", *(weights.upper() for weights in HUMA1_WEIGHTS)]
+    baked = pb_utils.InferenceRequest(model_name="avatar_huma1", inputs=[name], requested_output_names=outputs).exec()
+    if baked.has_error():
+        raise BundleError(baked.error().message())
+    silence = pb_utils.Tensor("HIDDEN", np.zeros((1, WINDOW_TOKENS, SPEECH_WIDTH), np.float32))
+    pb_utils.InferenceRequest(
+        model_name="deformation_huma1",
+        inputs=[silence, *baked.output_tensors()],
+        requested_output_names=["OFFSETS"],
+    ).exec()
+
 
 def _chunks(request: Any, options: Options) -> list[Chunk]:
+    has_offsets = pb_utils.get_input_tensor_by_name(request, "OFFSETS") is not None
     rows = zip(
         avatar_ids(request),
-        array(request, "COEFFICIENTS"),
+        array(request, "OFFSETS" if has_offsets else "COEFFICIENTS"),
         array(request, "SPEECH"),
         array(request, "FRAME_INDEX")[:, 0],
         strict=True,
     )
-    return [
-        Chunk(avatar_id, coefficients, speech, int(index), options) for avatar_id, coefficients, speech, index in rows
-    ]
+    return [Chunk(avatar_id, motion, speech, int(index), options) for avatar_id, motion, speech, index in rows]

@@ -1,0 +1,55 @@
+"""An avatar's id -> the baked features of its Gaussians and its deformation net."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from talksplat import avatar as bundle
+from talksplat import triplanes
+from talksplat.cache import AvatarCache
+from talksplat.triton import avatar_ids, failure, response
+
+CACHE_BYTES = 256 << 20  # some 90 avatars
+
+Tensors = dict[str, bundle.Float32]
+
+
+class TritonPythonModel:
+    """See config.pbtxt."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Nothing is read before it is asked for."""
+        self.nets = AvatarCache(
+            Path(os.environ["TALKSPLAT_AVATARS"]),
+            _load,
+            lambda tensors: sum(tensor.nbytes for tensor in tensors.values()),
+            CACHE_BYTES,
+        )
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request."""
+        return [self._look_up(request) for request in requests]
+
+    def _look_up(self, request: Any) -> Any:
+        try:
+            nets = [self._net(avatar_id) for avatar_id in avatar_ids(request)]
+            return response(**{name: np.stack([net[name] for net in nets]) for name in nets[0]})
+        except Exception as error:
+            return failure(error)
+
+    def _net(self, avatar_id: str) -> Tensors:
+        with self.nets.use(avatar_id) as net:
+            return net
+
+
+def _load(root: Path, avatar_id: str) -> Tensors:
+    avatar = bundle.read(root, avatar_id, bundle.Huma1Avatar)
+    return {
+        "TABLE": triplanes.bake(avatar),
+        **{name.upper(): tensor for name, tensor in avatar.deformation.items()},
+    }
