@@ -123,7 +123,7 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         else:
             _require_avatar(avatar, context)
             report = {"avatar": avatar, "loaded": operation == "preload", "cached": False, "milliseconds": 1.5}
-            report |= {"width": 512, "height": 512}
+            report |= {"model": "animate", "width": 512, "height": 512}
         return answer(REPORT=[json.dumps(report).encode()])
 
     def _frames(self, request: Any, given: dict[str, Any], chunks: int) -> np.ndarray[Any, Any]:

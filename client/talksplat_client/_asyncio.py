@@ -71,10 +71,11 @@ class AsyncClient:
         size: int | None = None,
         format: Format = "jpeg",
         quality: int = 85,
+        model: str = "animate",
     ) -> AsyncStream:
         """See `Client.animate`. Other than lists, blocking iterators are read in a thread."""
         clock = await self.clock()
-        state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality)
+        state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality, model)
         return await self.resume(audio, state)
 
     async def resume(self, audio: Audio, state: StreamState) -> AsyncStream:

@@ -87,6 +87,7 @@ class Client:
         size: int | None = None,
         format: Format = "jpeg",
         quality: int = 85,
+        model: str = "animate",
     ) -> Stream:
         """Frames that speak the audio, from its first sample to its last: ceil(seconds * fps) of them.
 
@@ -101,13 +102,14 @@ class Client:
             size: height and width in pixels, a multiple of 8 up to the avatar's own, which is the default.
             format: ``jpeg``, or ``raw`` RGB.
             quality: of JPEG, 1 to 100.
+            model: of the server, that animates this avatar: `preload` says which.
 
         Raises:
             InvalidRequestError, ServerUnavailableError, DeadlineExceededError, ServerError, MissingExtraError: here.
             UnknownAvatarError, InvalidAudioError, and the above: while iterating, with the state to resume from.
         """
         clock = self.clock()
-        state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality)
+        state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality, model)
         return self.resume(audio, state)
 
     def resume(self, audio: Pcm | Iterable[Pcm], state: StreamState) -> Stream:

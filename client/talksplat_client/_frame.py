@@ -82,6 +82,7 @@ class Preloaded:
     """What `preload` found."""
 
     avatar: str
+    model: str  # that animates it, for `Client.animate`
     cached: bool  # it was loaded already
     milliseconds: float  # that the server took
     width: int  # pixels

@@ -31,7 +31,7 @@ def animate(
 ) -> Request:
     """One chunk of a stream."""
     return _infer(
-        "animate",
+        state.model,
         [
             _floats("AUDIO", audio[None]),
             _strings("AVATAR", state.avatar, [1, 1]),

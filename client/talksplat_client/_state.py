@@ -40,6 +40,7 @@ class StreamState:
     size: int | None = None  # height and width of the frames in pixels; None: the avatar's own
     format: Format = "jpeg"
     quality: int = 85  # of JPEG, 1 to 100
+    model: str = "animate"  # of the server, that animates the avatar: `Preloaded.model`
     frame: int = 0  # the next one
     start: int = 0  # position of `samples` in the source
     samples: Samples = field(default_factory=lambda: np.zeros(0, np.float32), repr=False)  # [T] mono, `sample_rate`

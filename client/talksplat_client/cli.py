@@ -102,7 +102,9 @@ def _animate(client: Client, args: argparse.Namespace) -> None:
     opened = _opener(args)
     recording = opened()
     client.clock()  # a missing server is a matter of its own, before anything is measured
-    preload_ms = _milliseconds(lambda: client.preload(args.avatar))
+    began = time.monotonic()
+    model = client.preload(args.avatar).model
+    preload_ms = 1e3 * (time.monotonic() - began)
     sound: deque[Samples] = deque()  # taken by the stream and not written yet
 
     def heard() -> Iterator[Samples]:
@@ -116,7 +118,7 @@ def _animate(client: Client, args: argparse.Namespace) -> None:
     fps = client.clock().fps
     with (
         Mp4Writer(args.out, sample_rate=recording.sample_rate, fps=fps) as file,
-        _start(client, heard(), recording.sample_rate, args) as frames,
+        _start(client, heard(), recording.sample_rate, args, model) as frames,
     ):
         for frame in frames:
             first = first or time.monotonic() - began
@@ -177,9 +179,10 @@ def _stream(client: Client, args: argparse.Namespace) -> None:
     else:
         recording = read_audio(sys.stdin.buffer) if args.file == "-" else _opener(args)()
         recording = Recording(recording.sample_rate, None, _paced(recording))
+    model = client.preload(args.avatar).model
     late = count = 0
     start = 0.0
-    with _sink(args.out) as sink, _start(client, recording.packets, recording.sample_rate, args) as frames:
+    with _sink(args.out) as sink, _start(client, recording.packets, recording.sample_rate, args, model) as frames:
         for frame in frames:
             start = start or time.monotonic() - frame.pts
             due = start + frame.pts
@@ -191,9 +194,9 @@ def _stream(client: Client, args: argparse.Namespace) -> None:
     print(f"{count} frames, {late} of them late", file=sys.stderr)
 
 
-def _start(client: Client, audio: Iterable[Samples], sample_rate: int, args: argparse.Namespace) -> Stream:
+def _start(client: Client, audio: Iterable[Samples], sample_rate: int, args: argparse.Namespace, model: str) -> Stream:
     look = {"seed": args.seed, "size": args.size, "quality": args.quality}
-    return client.animate(audio, avatar=args.avatar, sample_rate=sample_rate, **look)
+    return client.animate(audio, avatar=args.avatar, sample_rate=sample_rate, model=model, **look)
 
 
 def _opener(args: argparse.Namespace) -> Callable[[], Recording]:
@@ -247,12 +250,6 @@ def _progress(count: int, total: float | None, began: float) -> None:
 def _progress_end() -> None:
     if sys.stderr.isatty():
         print(file=sys.stderr)
-
-
-def _milliseconds(action: Callable[[], object]) -> float:
-    began = time.monotonic()
-    action()
-    return 1e3 * (time.monotonic() - began)
 
 
 if __name__ == "__main__":

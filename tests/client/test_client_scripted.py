@@ -457,7 +457,7 @@ def test_closing_the_client_ends_its_streams(server: ScriptedServer) -> None:
 
 def test_operations(user: Any, server: ScriptedServer) -> None:
     assert user.ask(server.url, "avatars") == [AvatarInfo("ava", True), AvatarInfo("bob", False)]
-    assert user.ask(server.url, "preload", "ava") == Preloaded("ava", False, 1.5, 512, 512)
+    assert user.ask(server.url, "preload", "ava") == Preloaded("ava", "animate", False, 1.5, 512, 512)
     assert user.ask(server.url, "unload", "ava") is None
     with pytest.raises(UnknownAvatarError, match="'eve'"):
         user.ask(server.url, "preload", "eve")

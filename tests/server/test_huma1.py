@@ -23,6 +23,7 @@ from talksplat import clock, framing, splat, triplanes
 from talksplat.animator import Animator, Chunk, Options, blink, plate_index
 from talksplat.framing import RequestError
 from talksplat.server import ROOT, Server
+from talksplat_client import Client
 
 VIOLET, GREY, RED = "violet", "grey", "red"
 RAW = Options(format="raw")
@@ -222,3 +223,11 @@ def test_an_unknown_avatar_is_not_found(client: triton.InferenceServerClient, wi
     with pytest.raises(InferenceServerException, match="There is no avatar 'nobody'") as caught:
         animate(client, windows[:1], ["nobody"])
     assert caught.value.status() == "StatusCode.NOT_FOUND"
+
+
+def test_the_client_animates_with_the_model_that_preloading_names(server: Server) -> None:
+    with Client(server.grpc_url) as user:
+        model = user.preload(VIOLET).model
+        frames = list(user.animate(np.zeros(7 * 640, np.float32), avatar=VIOLET, model=model))
+    assert [frame.index for frame in frames] == list(range(7))
+    assert frames[0].to_array().shape == (64, 64, 3)
