@@ -154,6 +154,11 @@ class Recording:
         return np.asarray(samples, np.float32)
 
     @property
+    def whole(self) -> float:
+        """How many seconds the file holds, used or not."""
+        return self._index.end
+
+    @property
     def rate(self) -> float:
         """Different frames a second, on average."""
         return len(self._index.times) / self._index.end
