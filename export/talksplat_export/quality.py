@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from rich.console import Console
 from talksplat import avatar as bundle
 from talksplat import splat
 from talksplat.animator import SPEECH_EDGES
-from talksplat.avatar import BLINK, Avatar, BundleError, UnknownAvatarError
+from talksplat.avatar import BLINK, AnyAvatar, Avatar, BundleError, UnknownAvatarError
 from talksplat.bench import _report
 from talksplat_export import bars, geometry, stage_b, track
 from talksplat_export.geometry import Float32
@@ -55,18 +56,46 @@ SHARPEST = 60.0  # dB at which a frame counts as equal
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
-    """An avatar with the recording that it is compared with."""
+class Comparison(ABC):
+    """Something that draws frames, with the recording that they are compared with."""
 
-    avatar: Avatar
+    avatar: AnyAvatar
     recording: Recording
     track: Track
-    heard: Heard
+
+    @property
+    @abstractmethod
+    def speech(self) -> Float32:
+        """Probability of speech in every frame, [T]."""
+
+    @abstractmethod
+    def drawer(self, driven_by: str) -> Callable[[Image, int], Image]:
+        """Draws the frame of an index onto its recorded one, in the recorded pose."""
 
     @property
     def test(self) -> range:
         """The frames that the avatar was not fitted to."""
         return range(int(self.avatar.provenance["train_frames"]), len(self.track))
+
+    def box(self, landmarks: tuple[int, ...], margin: int = 0) -> tuple[slice, slice]:
+        """Rows and columns around some landmarks in all test frames."""
+        points = self.track.landmarks[self.test.start : self.test.stop, list(landmarks)].reshape(-1, 2)
+        low = np.floor(points.min(0)).astype(int).clip(0) - margin
+        high = np.ceil(points.max(0)).astype(int) + margin
+        return slice(max(low[1], 0), high[1]), slice(max(low[0], 0), high[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Subject(Comparison):
+    """An avatar with the recording that it is compared with."""
+
+    avatar: Avatar
+    heard: Heard
+
+    @property
+    def speech(self) -> Float32:
+        """As `Heard` has it."""
+        return self.heard.speech
 
     def weights(self, driven_by: str) -> Float32:
         """Weights [T, 21] of all frames, driven by "coefficients" or "audio"."""
@@ -81,17 +110,15 @@ class Subject:
         """The avatar as the rasterizer takes it."""
         return splat.Blendshapes(self.avatar.canonical, self.avatar.bases, self.avatar.basis_scales)
 
+    def drawer(self, driven_by: str) -> Callable[[Image, int], Image]:
+        """By the weights."""
+        weights = self.weights(driven_by)
+        return lambda recorded, index: self.draw(recorded, index, weights[index])
+
     def draw(self, recorded: Image, index: int, weights: Float32) -> Image:
         """Draw onto a recorded frame with its own pose; weights [21]."""
         job = splat.Job(self.shapes, weights, self.track.viewmats[index], self.avatar.K, recorded)
         return splat.render_onto([job], threads=1)[0]
-
-    def box(self, landmarks: tuple[int, ...], margin: int = 0) -> tuple[slice, slice]:
-        """Rows and columns around some landmarks in all test frames."""
-        points = self.track.landmarks[self.test.start : self.test.stop, list(landmarks)].reshape(-1, 2)
-        low = np.floor(points.min(0)).astype(int).clip(0) - margin
-        high = np.ceil(points.max(0)).astype(int) + margin
-        return slice(max(low[1], 0), high[1]), slice(max(low[0], 0), high[0])
 
 
 def psnr(recorded: Image, drawn: Image) -> float:
@@ -101,7 +128,7 @@ def psnr(recorded: Image, drawn: Image) -> float:
 
 
 def measure(
-    subject: Subject,
+    subject: Comparison,
     driven_by: str,
     landmarker: Landmarker | None,
     advance: Callable[[int], object] = lambda done: None,
@@ -109,16 +136,16 @@ def measure(
     """One row of figures over the test frames; see the module.
 
     Args:
-        landmarker: measures landmarks on pixels.
+        landmarker: measures landmarks on pixels; only a `Subject` can do without.
         advance: called with the number of frames done.
     """
-    weights = subject.weights(driven_by)
+    draw = subject.drawer(driven_by)
     test, layout = subject.test, subject.track.layout
     face = subject.box((*layout.brows, *layout.jaw, *layout.mouth))
     mouth = subject.box(layout.mouth, MOUTH_MARGIN)
     face_db, mouth_db, similarity, found = [], [], [], []
     for index, recorded in zip(test, subject.recording.frames(test.start, test.stop), strict=True):
-        drawn = subject.draw(recorded, index, weights[index])
+        drawn = draw(recorded, index)
         face_db.append(psnr(recorded[face], drawn[face]))
         mouth_db.append(psnr(recorded[mouth], drawn[mouth]))
         similarity.append(splat.ssim(_floats(recorded[face]), _floats(drawn[face]), threads=1))
@@ -126,6 +153,8 @@ def measure(
             found.append((landmarker(recorded), landmarker(drawn)))
         advance(len(face_db))
     if landmarker is None:
+        assert isinstance(subject, Subject), "a FaceLandmarker is needed"
+        weights = subject.weights(driven_by)
         seen = np.ones(len(test), bool)
         truth = subject.track.landmarks[test.start : test.stop]
         drawn_at = truth + _displaced(subject, weights) - _displaced(subject, subject.weights("coefficients"))
@@ -136,7 +165,7 @@ def measure(
     lips = list(LAYOUTS[truth.shape[1]].mouth)
     opening, drawn_opening = lip_opening(truth), lip_opening(drawn_at)
     correlations = [_correlation(opening, drawn_opening, lag) for lag in LAGS]
-    silent = subject.heard.speech[test.start : test.stop][seen] < SPEECH_EDGES[0]
+    silent = subject.speech[test.start : test.stop][seen] < SPEECH_EDGES[0]
     spread = float(np.ptp(np.percentile(opening, [2, 98])))
     return {
         "recording": subject.recording.path.stem,
