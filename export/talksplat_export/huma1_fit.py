@@ -45,7 +45,8 @@ BOX_MARGIN = 0.005  # metres around the canonical means
 RATES = {"triplanes": 4e-3, "net": 1e-3}
 WARM_RATES = {"triplanes": 1e-2, "net": 3e-3}
 CANONICAL_SHARE = 0.5  # of the canonical rates, once the net moves
-OFFSET_UNITS = np.repeat([0.005, 0.05, 0.1, 0.5, 0.1], [3, 4, 3, 1, 3])  # what the net calls 1, by attribute
+# What the net calls 1, by attribute: about as much as is seen alike.
+OFFSET_UNITS = np.repeat([0.005, 0.05, 0.1, 0.5, 0.1], [3, 4, 3, 1, 3]).astype(np.float32)
 
 BATCH = 4  # frames a step
 WARM_BATCH, WARM_GAUSSIANS = 24, 2048
@@ -146,7 +147,7 @@ class Head(nn.Module):
         means = torch.from_numpy(canonical[:3])
         margin = torch.tensor([[-BOX_MARGIN], [BOX_MARGIN]])
         self.register_buffer("box", torch.stack([means.amin(1), means.amax(1)]) + margin)
-        self.register_buffer("units", torch.from_numpy(OFFSET_UNITS.astype(np.float32)))
+        self.register_buffer("units", torch.from_numpy(OFFSET_UNITS))
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Parameters by the names of their learning rates."""

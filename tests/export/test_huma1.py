@@ -1,0 +1,167 @@
+"""Huma 1's deformation net, its fit, and what linear bases keep of it."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from make_avatar import make_huma1_avatar
+
+from talksplat import avatar as bundle
+from talksplat import clock, triplanes
+from talksplat.avatar import HEADS, HUMA1_WEIGHTS, KEY, SPEECH_TOKENS, SPEECH_WIDTH, VALUE, WINDOW_TOKENS
+from talksplat_export import _onnx, huma1, huma1_drive, huma1_fit, moonshine
+from talksplat_export.huma1_fit import Heard
+
+Float32 = npt.NDArray[np.float32]
+
+
+# --- the net -----------------------------------------------------------------------------------------------------
+
+
+def oracle(speech: Float32, features: Float32, net: dict[str, Float32]) -> Float32:
+    """One Gaussian's offsets in one frame: speech [T, 416], features [32] -> [14]; written as in a paper."""
+
+    def affine(matrix: Float32, x: Float32) -> Float32:
+        return np.asarray(x @ matrix[:-1] + matrix[-1])
+
+    tokens = np.maximum(affine(net["speech_in"], speech) + net["positions"][:-1], 0)
+    keys_values = affine(net["keys_values"], np.concatenate([tokens, net["positions"][-1:]]))
+    query, base = np.split(affine(net["query_base"], features), [HEADS * KEY])
+    answer = base.copy()
+    for head in range(HEADS):
+        scores = keys_values[:, head * KEY :][:, :KEY] @ query[head * KEY :][:KEY] / np.sqrt(KEY)
+        attention = np.exp(scores - scores.max())
+        values = keys_values[:, HEADS * KEY + head * VALUE :][:, :VALUE]
+        answer += attention @ values / attention.sum()
+    return affine(net["offsets_out"], np.maximum(affine(net["mixing"], np.maximum(answer, 0)), 0))
+
+
+def test_offsets_are_those_of_attention_and_a_perceptron() -> None:
+    rng = np.random.default_rng(0)
+    net = {name: rng.normal(scale=0.3, size=shape).astype(np.float32) for name, shape in HUMA1_WEIGHTS.items()}
+    speech = rng.normal(size=(2, 3, SPEECH_TOKENS, SPEECH_WIDTH)).astype(np.float32)
+    table = rng.normal(size=(2, bundle.HUMA1_FEATURES, 5)).astype(np.float32)
+    weights = {name: torch.from_numpy(np.stack([tensor, 0.5 * tensor])) for name, tensor in net.items()}
+    found = huma1.offsets(torch.from_numpy(speech), torch.from_numpy(table), weights).numpy()
+    assert found.shape == (2, 3, bundle.ATTRIBUTES, 5)
+    for row, scale in enumerate((1, 0.5)):
+        own = {name: np.float32(scale) * tensor for name, tensor in net.items()}
+        for frame in range(3):
+            for gaussian in range(5):
+                expected = oracle(speech[row, frame], table[row, :, gaussian], own)
+                np.testing.assert_allclose(found[row, frame, :, gaussian], expected, rtol=2e-4, atol=2e-4)
+
+
+def test_the_graph_computes_what_the_module_computes(repository: Path) -> None:
+    path, generator = repository / "deformation_huma1" / "1" / "model.onnx", torch.Generator().manual_seed(1)
+    inputs = huma1.example(3, 123, generator)
+    assert _onnx.parity(huma1.DeformationHuma1(), path, inputs, huma1.TOLERANCE) < huma1.TOLERANCE
+    assert {node.name: node.shape for node in _onnx.session(path).get_outputs()} == {
+        "OFFSETS": ["batch", clock.CHUNK_FRAMES, bundle.ATTRIBUTES, "gaussians"]
+    }
+
+
+def test_a_window_gives_as_many_tokens_as_the_encoder() -> None:
+    encoder = moonshine.Encoder(width=8, hidden=8, layers=0)
+    assert encoder(torch.zeros(1, clock.WINDOW)).shape[1] == WINDOW_TOKENS
+
+
+def test_tokens_are_taken_around_the_frame() -> None:
+    """Tokens that carry their own time: a frame's are spread evenly around the frame's."""
+    centres = huma1.TOKEN_CENTRE + huma1.TOKEN_STRIDE * torch.arange(WINDOW_TOKENS, dtype=torch.float32)
+    taken = (huma1.token_mixture() @ centres).reshape(clock.CHUNK_FRAMES, SPEECH_TOKENS)
+    for frame, times in enumerate(taken):
+        place = clock.LEFT_CONTEXT + frame * clock.SAMPLES_PER_FRAME
+        assert abs(float(times.mean()) - place) < 1
+        np.testing.assert_allclose(times.diff(), huma1.TOKEN_STRIDE, atol=2)
+
+
+def test_multiply_adds_count_the_products_of_the_graph() -> None:
+    """Twice as many Gaussians cost twice as much, and the sums are those of the matrices' sizes."""
+    counted = huma1.multiply_adds(1000)
+    tokens = SPEECH_TOKENS + 1
+    each = 32 * (HEADS * KEY + VALUE) / 4 + HEADS * tokens * (KEY + VALUE) + VALUE * (VALUE + 14)
+    assert counted["gaussians"] == 1000 * each
+    assert huma1.multiply_adds(2000)["gaussians"] == 2 * counted["gaussians"]
+
+
+# --- hearing -----------------------------------------------------------------------------------------------------
+
+
+def test_what_the_fit_hears_is_what_the_server_hears(repository: Path, speech: Float32) -> None:
+    """A version is the recording in chunks that begin earlier: every frame's tokens are those of the served window."""
+    frames, audio = 13, speech[8000:28_000]
+    heard = huma1_fit.hear([audio, audio], frames, lambda done: None)
+    encoder = _onnx.session(repository / "asr_encoder" / "1" / "model.onnx")
+    detector = _onnx.session(repository / "vad" / "1" / "model.onnx")
+    for version, frame in ((0, 0), (0, 6), (0, 12), (1, 0), (1, 3), (1, 12)):
+        chunk, slot = divmod(frame + version, clock.CHUNK_FRAMES)
+        start = chunk * clock.CHUNK_SAMPLES - version * clock.SAMPLES_PER_FRAME - clock.LEFT_CONTEXT
+        window = np.zeros((1, clock.WINDOW), np.float32)
+        window[0, max(-start, 0) :] = audio[max(start, 0) : start + clock.WINDOW]
+        hidden = encoder.run(["HIDDEN"], {"AUDIO": window})[0]
+        expected = (huma1.token_mixture().numpy() @ hidden[0]).reshape(clock.CHUNK_FRAMES, SPEECH_TOKENS, -1)[slot]
+        found = heard.tokens(np.array([version]), np.array([frame]))[0].numpy()
+        np.testing.assert_allclose(found, expected, atol=0.01)  # kept in half precision
+        probability = detector.run(["SPEECH"], {"AUDIO": window})[0][0, slot]
+        np.testing.assert_allclose(heard.speech[version, frame], probability, atol=1e-4)
+
+
+def test_degraded_audio_has_the_same_length_and_another_sound(speech: Float32) -> None:
+    audio = speech[: 10 * clock.SAMPLE_RATE + 77]
+    one, again, other = (huma1_fit.degraded(audio, np.zeros(len(audio), bool), seed) for seed in (0, 0, 1))
+    assert one.shape == audio.shape
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - audio).max() > 0.01 < np.abs(one - other).max()
+
+
+# --- linear bases ------------------------------------------------------------------------------------------------
+
+
+def silent_heard(avatar: bundle.Huma1Avatar, frames: int, speech: float) -> Heard:
+    rng = np.random.default_rng(3)
+    hidden = rng.normal(size=(1, -(-frames // clock.CHUNK_FRAMES), WINDOW_TOKENS, SPEECH_WIDTH)).astype(np.float16)
+    return Heard(hidden, np.full((1, frames), speech, np.float32))
+
+
+def test_driving_an_avatar_gives_the_served_graphs_offsets(repository: Path) -> None:
+    avatar = make_huma1_avatar("violet")
+    heard = silent_heard(avatar, 6, 1.0)
+    driven = np.stack(list(huma1_drive.drive(avatar, heard, range(6))))
+    inputs = {"HIDDEN": heard.hidden[0].astype(np.float32), "TABLE": np.repeat(triplanes.bake(avatar)[None], 2, 0)}
+    inputs |= {name.upper(): np.repeat(tensor[None], 2, 0) for name, tensor in avatar.deformation.items()}
+    served = _onnx.session(repository / "deformation_huma1" / "1" / "model.onnx").run(None, inputs)[0]
+    np.testing.assert_allclose(driven, served.reshape(8, bundle.ATTRIBUTES, -1)[:6], atol=1e-4)
+    assert np.ptp(driven, axis=0).max() > 0.01
+    for offsets in huma1_drive.drive(avatar, silent_heard(avatar, 6, 0.05), range(6)):
+        assert not offsets.any()
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 6), st.integers(2, 12), st.integers(0, 1000))
+def test_offsets_of_a_low_rank_are_kept_whole(rank: int, frames: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(frames, rank)) @ rng.normal(size=(rank, bundle.ATTRIBUTES * 9))
+    offsets = mixed.reshape(frames, bundle.ATTRIBUTES, 9).astype(np.float32)
+    reduction = huma1_drive.reduce(offsets, rank)
+    assert len(reduction.bases) <= rank
+    assert reduction.energy == pytest.approx(1, abs=1e-4)
+    for frame in range(frames):
+        np.testing.assert_allclose(reduction.offsets(frame), offsets[frame], atol=2e-3 * np.abs(offsets).max())
+    used = np.sqrt(np.mean(reduction.coefficients**2, 0))
+    np.testing.assert_allclose(used, 1, rtol=1e-3)
+
+
+def test_fewer_bases_keep_less_of_a_made_avatars_motion() -> None:
+    avatar = make_huma1_avatar("violet")
+    offsets = np.stack(list(huma1_drive.drive(avatar, silent_heard(avatar, 40, 1.0), range(40))))
+    errors = []
+    for rank in (1, 5, 20):
+        reduction = huma1_drive.reduce(offsets, rank)
+        errors.append(float(np.mean([(reduction.offsets(i) - offsets[i]) ** 2 for i in range(40)])))
+        assert reduction.bases.shape == (rank, bundle.ATTRIBUTES, avatar.gaussians)
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
