@@ -153,11 +153,12 @@ def of_file(recording: Recording) -> list[Finding]:
                 f"The recording is {seconds:.1f} s long: two or three minutes make the best avatar, one a fair one.",
             )
         )
-    if recording.whole > seconds + 1:
+    whole = recording.whole / clock.FPS
+    if whole > seconds + 1:
         found.append(
             Finding(
                 Severity.NOTE,
-                f"The first {seconds:.0f} s of {recording.whole:.0f} s are used.",
+                f"The first {seconds:.0f} s of {whole:.0f} s are used.",
             )
         )
     if recording.rate < SLOWEST:

@@ -1,22 +1,23 @@
 """`talksplat-export fit`: from a recording of somebody speaking to an avatar.
 
-Steps: track, cut, stage A (pictures), stage B (sound), plates, bundle, report. Each leaves its result in the work
-folder under a digest of everything it was made from, and is done again only when that changes; stage A saves its state
-every minute. So the same command resumes after an interrupt, and repeats stage B alone after new encoder weights. Who
+Steps: probe (look for one face, choose the square, check picture and sound), track, split (cut the frames to fit to),
+stage A (pictures), stage B (sound), plates, bundle, report. Each leaves its result in the work folder under a digest of
+everything it was made from, and is done again only when that changes; tracking and stage A save their state every
+minute. So the same command resumes after an interrupt, and repeats stage B alone after new encoder weights. Who
 changes this code has to delete the work folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
-import os
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,28 +29,49 @@ from rich.console import Console
 
 from talksplat import avatar as bundle
 from talksplat import clock
-from talksplat.avatar import BLINK, WEIGHTS, Avatar
+from talksplat.avatar import BLINK, WEIGHTS, Avatar, BundleError
 from talksplat.bench._report import commit
-from talksplat_export import audio_encoder, bars, geometry, plates, report, stage_a, stage_b, track
+from talksplat_export import audio_encoder, checks, geometry, plates, report, stage_a, stage_b, steps, track
+from talksplat_export.checks import Finding, Looks, Severity
 from talksplat_export.geometry import Float32
-from talksplat_export.quality import Subject
-from talksplat_export.recording import Recording, RecordingError
-from talksplat_export.track import Landmarker, Track, TrackError
+from talksplat_export.quality import DRIVERS, Subject
+from talksplat_export.recording import MAX_SIZE, Recording, RecordingError
+from talksplat_export.steps import Steps
+from talksplat_export.track import Detections, Landmarker, Track, TrackError
 
+MOST_TRAINING, LEAST_TEST, TEST_SHARE = 150.0, 35.0, 0.25  # seconds, seconds, of a recording
 MIN_SECONDS = 2  # to fit to; a person worth looking at needs a minute
-DEGRADED = 8  # versions of the audio, besides the recorded one, for stage B
+GEOMETRY_FRAMES = 1500  # that landmarks are triangulated from, at most
+LOOKS, DETECTIONS, TRACK = "looks.npz", "detections.npz", "track.npz"
+CROPS, CHECKPOINT, LOSSES, GAUSSIANS = "crops", "stage_a.pt", "losses.json", "gaussians.safetensors"
+ADAPTER = "adapter.safetensors"
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a fit may be asked for, besides its files."""
 
-    train_seconds: float = 150.0  # the rest is for testing
+    train_seconds: float | None = None  # the rest is for testing; None: see `training_frames`
     gaussians: int = 8000
     steps: int = 6000  # of stage A
     plates: int = 200
     megabytes: float = 8.0  # of the bundle, at most
+    degraded: int = 8  # versions of the audio, besides the recorded one, for stage B
+    seconds: float = checks.LONGEST  # of the recording that are used
+    max_size: int = MAX_SIZE  # pixels a side
     seed: int = 0
+
+    def training_frames(self, frames: int) -> int:
+        """How many of a recording's frames are fitted to.
+
+        Without `train_seconds`: three quarters of a short recording, all but 35 s of a longer one, 150 s at most.
+        """
+        whole = frames / clock.FPS
+        seconds = min(MOST_TRAINING, max((1 - TEST_SHARE) * whole, whole - LEAST_TEST))
+        return min(round((self.train_seconds or seconds) * clock.FPS), frames)
+
+
+PREVIEW = Settings(gaussians=3000, steps=800, plates=75, megabytes=4.0, degraded=2, seconds=60.0, max_size=256)
 
 
 def fit(
@@ -62,7 +84,7 @@ def fit(
     about: str,
     console: Console,
 ) -> Path:
-    """Fit an avatar and write its bundle.
+    """Fit an avatar and write its bundle, then a report into the work folder.
 
     Args:
         out: the bundle's folder; its name is the avatar's id.
@@ -72,26 +94,39 @@ def fit(
         about: where the recording comes from, for the bundle.
 
     Raises:
-        RecordingError, TrackError, PlatesError: the recording can't be used; nothing was written to ``out``.
+        RefusedError: the recording can't make an avatar, see `checks`; nothing was written to ``out``.
+        RecordingError, TrackError, PlatesError: nor of these.
     """
     bundle.check_id(out.name, RecordingError)
-    audio = recording.audio
-    steps = _Steps(work, console)
-    tracked = _track(recording, source, landmarker, steps)
-    training = min(round(settings.train_seconds * clock.FPS), len(tracked))
+    recording = replace(recording, seconds=settings.seconds)
+    model = None if source is not None else track.landmarker_file(landmarker)
+    done = Steps(work, _plan(recording, settings, model), console)
+
+    findings = _shown(checks.of_file(recording), console)
+    findings += _shown(checks.of_sound(recording.audio, recording.length / clock.FPS), console)
+    checks.require(findings)  # before the minutes that follow
+    recording, seen = _probe(recording, model, settings, done)
+    findings += _shown(seen, console)
+    checks.require(findings)
+    tracked = _track(recording, source, model, done)
+    offset = checks.offset(recording.audio, tracked)
+    findings += _shown([*checks.of_track(tracked), offset.finding], console)
+    recording = replace(recording, delay=offset.delay)
+
+    training = settings.training_frames(len(tracked))
     if training < MIN_SECONDS * clock.FPS:
         raise RecordingError(f"There are {training / clock.FPS:.1f} s to fit to, expected {MIN_SECONDS} s or more.")
     train = tracked[:training]
     basis = geometry.coefficient_basis(train.expression)
     weights = geometry.frame_weights(tracked, basis)
 
-    head = _stage_a(recording, tracked, weights, training, settings, steps)
-    adapter = _stage_b(audio, train, weights[:training], settings, steps)
-    canonical, bases, basis_scales = head
-    rest_of_bundle = canonical.nbytes + bases.nbytes + 200_000
+    canonical, bases, basis_scales = _stage_a(recording, tracked, weights, training, settings, done)
+    adapter = _stage_b(recording.audio, train, weights[:training], settings, done)
     loop = plates.choose(train, settings.plates)
     console.print(f"plates: frames {loop.start} to {loop.stop - 1}")
+    rest_of_bundle = canonical.nbytes + bases.nbytes + 200_000
     jpegs = plates.encode(recording, loop, int(settings.megabytes * 1e6) - rest_of_bundle)
+    assert recording.square is not None
     avatar = Avatar(
         id=out.name,
         canonical=canonical,
@@ -109,43 +144,95 @@ def fit(
             "about": about,
             "recording": recording.path.name,
             "recording_sha256": recording.sha256,
+            "square": [recording.square.left, recording.square.top, recording.square.side],
+            "audio_delay_s": recording.delay,
+            "used_s": recording.seconds,
             "track": tracked.source,
             "train_frames": training,
             "plate_frames": [loop.start, loop.stop],
             "settings": asdict(settings),
+            "findings": [f"{finding.severity}: {finding}" for finding in findings],
+            "seconds": done.seconds,
+            "peak_memory_gb": round(done.peak_memory / 1e9, 2),
             "commit": commit(),
             "versions": {name: version(name) for name in ("talksplat", "torch", "numpy", "mediapipe")},
             "coefficient_basis": basis.tolist(),
         },
     )
     folder = bundle.write(avatar, out.parent)
+    console.print(f"wrote {folder}")
     if training < len(tracked):
-        _report(recording, avatar, tracked, landmarker, steps)
+        _report(recording, avatar, tracked, model, findings, done)
+    minutes, memory = sum(done.seconds.values()) / 60, done.peak_memory / 1e9
+    console.print(f"{minutes:.1f} min in all, {memory:.1f} GB of memory at most")
     return folder
 
 
-def _report(recording: Recording, avatar: Avatar, tracked: Track, model: Path | None, steps: _Steps) -> None:
-    """Look at the frames that were kept back; on pixels where a FaceLandmarker is at hand."""
-    subject = Subject(avatar, recording, tracked, stage_b.hear(recording.audio, len(tracked)))
-    losses = json.loads((steps.folder / "losses.json").read_text())
-    if model is None and "mediapipe" in tracked.source:
-        model = track.landmarker_file(None)
-    with (
-        Landmarker(model) if model is not None else nullcontext() as landmarker,
-        steps.progress("report", len(subject.test)) as advance,
-    ):
-        path = report.write(steps.folder, subject, losses, landmarker, advance)
-    steps.console.print(f"report: {path}")
+def _plan(recording: Recording, settings: Settings, model: Path | None) -> dict[str, float]:
+    """Seconds that each step takes on two cores of 2024, for the estimate of what is left until steps have run."""
+    frames = recording.length
+    training = settings.training_frames(frames)
+    area = (min(min(recording.picture), settings.max_size) / MAX_SIZE) ** 2
+    tracking = model is not None
+    return {
+        "probe": 0.003 * frames * tracking,
+        "track": 0.014 * frames * tracking,
+        "split": 0.012 * training,
+        "stage A": settings.steps * (0.05 + 0.2 * area),
+        "hear": 0.0025 * training * (settings.degraded + 1),
+        "stage B": 15.0,
+        "report": 0.08 * (frames - training),
+    }
 
 
-def _track(recording: Recording, source: Path | None, landmarker: Path | None, steps: _Steps) -> Track:
-    path = steps.folder / "track.npz"
-    model = None if source is not None else track.landmarker_file(landmarker)
-    key = steps.key(recording.sha256, recording.size, sha256(source or model))
-    if not steps.is_done("track", key, path):
-        with steps.progress("track", recording.length) as advance:
-            track.find(recording, source, model, advance).save(path)
-        steps.mark("track", key)
+def _shown(findings: Iterable[Finding], console: Console) -> list[Finding]:
+    findings = list(findings)
+    for finding in findings:
+        if finding.severity is not Severity.REFUSAL:  # a refusal ends the fit, as its error
+            console.print(
+                f"{finding.severity}: {finding}", style="yellow" if finding.severity is Severity.WARNING else None
+            )
+    return findings
+
+
+def _probe(
+    recording: Recording, model: Path | None, settings: Settings, done: Steps
+) -> tuple[Recording, list[Finding]]:
+    """The recording cut to the square that shows the face, and what a look at its pictures finds."""
+    if model is None:
+        sentence = "Faces, sharpness and light were not checked: the track comes from ground truth, not from pictures."
+        return _sized(recording, settings), [Finding(Severity.NOTE, sentence)]
+    path = done.folder / LOOKS
+    key = done.key(recording.sha256, recording.length, sha256(model))
+    if done.is_done("probe", key):
+        done.skipped("probe")
+    else:
+        with done.running("probe", key, -(-recording.length // checks.PROBE_STEP), [LOOKS]) as advance:
+            checks.look(recording, model, advance).save(path)
+    looks = Looks.load(path)
+    findings = checks.of_picture(looks)
+    checks.require(findings)
+    return _sized(replace(recording, square=checks.square(looks), size=0), settings), findings
+
+
+def _sized(recording: Recording, settings: Settings) -> Recording:
+    return replace(recording, size=min(recording.size, settings.max_size))
+
+
+def _pictures(recording: Recording) -> tuple[object, ...]:
+    """All that a recording's frames depend on."""
+    return recording.sha256, recording.size, recording.square, recording.length
+
+
+def _track(recording: Recording, source: Path | None, model: Path | None, done: Steps) -> Track:
+    path, kept = done.folder / TRACK, done.folder / DETECTIONS
+    key = done.key(recording.sha256, recording.size, recording.square, recording.seconds, sha256(source), sha256(model))
+    if done.is_done("track", key):
+        done.skipped("track")
+    else:
+        with done.running("track", key, recording.length, [TRACK], kept=DETECTIONS) as advance:
+            _drop_damaged(kept, Detections.load, done.console)
+            track.find(recording, source, model, advance, kept).save(path)
     return Track.load(path)
 
 
@@ -155,29 +242,36 @@ def _stage_a(
     weights: Float32,
     training: int,
     settings: Settings,
-    steps: _Steps,
+    done: Steps,
 ) -> tuple[Float32, Any, Float32]:
     train = tracked[:training]
-    folder = steps.folder
-    path, checkpoint, crops_folder = folder / "gaussians.safetensors", folder / "stage_a.pt", folder / "crops"
-    used = slice(0, training, max(training // 1500, 1))  # of the frames, for the geometry
-    cut_key = steps.key(steps.done["track"], training)
-    key = steps.key(cut_key, settings.gaussians, settings.steps, settings.seed)
-    if steps.is_done("stage-a", key, path):
-        return _load_gaussians(path)
+    folder = done.folder
+    split_key = done.key(*_pictures(recording), sha256(folder / TRACK), training)
+    key = done.key(split_key, settings.gaussians, settings.steps, settings.seed)
+    if done.is_done("stage A", key):
+        done.skipped("split")
+        done.skipped("stage A")
+        arrays = safetensors.numpy.load_file(folder / GAUSSIANS)
+        return arrays["canonical"], arrays["bases"], arrays["basis_scales"]
 
+    used = slice(0, training, max(training // GEOMETRY_FRAMES, 1))
     moving = np.flatnonzero(weights[:training].any(0))  # the weights that this recording has
     landmarks, distance = geometry.triangulate(train[used], weights[:training][used][:, moving])
-    steps.console.print(f"landmarks in 3D: {distance:.2f} px from the track")
+    done.console.print(f"landmarks in 3D: {distance:.2f} px from the track")
     region = geometry.region(train[used], landmarks, weights[:training][used][:, moving], recording.size)
-    if not steps.is_done("cut", cut_key, crops_folder / "crops.npz"):
-        with steps.progress("cut", training) as advance:
-            stage_a.cut(recording, train, region, range(training), crops_folder, advance)
-        steps.mark("cut", cut_key)
-    crops = stage_a.open_crops(crops_folder)
+    if done.is_done("split", split_key):
+        done.skipped("split")
+    else:
+        try:
+            with done.running("split", split_key, training, [CROPS]) as advance:
+                stage_a.cut(recording, train, region, range(training), folder / CROPS, advance)
+        except OSError:
+            shutil.rmtree(folder / CROPS, ignore_errors=True)  # a gigabyte or two that nobody would miss
+            raise
+    crops = stage_a.open_crops(folder / CROPS)
 
     extremes = geometry.extreme_frames(train, weights[:training][:, moving])
-    images = {index: image for index, image in enumerate(recording.frames(0, max(extremes) + 1)) if index in extremes}
+    images = {index: next(recording.frames(index, index + 1)) for index in extremes}
     canonical, motion = geometry.seed(
         region,
         train,
@@ -189,11 +283,9 @@ def _stage_a(
     )
     full = np.zeros((WEIGHTS, 3, canonical.shape[1]), np.float32)
     full[moving] = motion
-    if steps.done.get("stage-a-begun") != key:
-        checkpoint.unlink(missing_ok=True)
-        steps.mark("stage-a-begun", key)
     head = stage_a.Head(canonical, full)
-    with steps.progress("stage A", settings.steps) as advance:
+    with done.running("stage A", key, settings.steps, [GAUSSIANS, LOSSES], kept=CHECKPOINT) as advance:
+        _drop_damaged(folder / CHECKPOINT, lambda path: torch.load(path, weights_only=True), done.console)
         losses = stage_a.fit(
             head,
             crops,
@@ -202,77 +294,63 @@ def _stage_a(
             stage_a.sampling(train),
             settings.steps,
             settings.seed,
-            checkpoint,
-            lambda done: advance(done.step),
+            folder / CHECKPOINT,
+            lambda progress: advance(progress.step),
         )
-    _write(folder / "losses.json", json.dumps([round(loss, 5) for loss in losses]).encode())
-    canonical, bases, scales = head.quantised()
-    _write(path, safetensors.numpy.save({"canonical": canonical, "bases": bases, "basis_scales": scales}))
-    steps.mark("stage-a", key)
-    checkpoint.unlink()
-    shutil.rmtree(crops_folder)  # a gigabyte that a minute makes anew
+        steps.write(folder / LOSSES, json.dumps([round(loss, 5) for loss in losses]).encode())
+        canonical, bases, scales = head.quantised()
+        arrays = {"canonical": canonical, "bases": bases, "basis_scales": scales}
+        steps.write(folder / GAUSSIANS, safetensors.numpy.save(arrays))
+    shutil.rmtree(folder / CROPS)  # a gigabyte that a minute makes anew
     return canonical, bases, scales
 
 
-def _load_gaussians(path: Path) -> tuple[Float32, Any, Float32]:
-    arrays = safetensors.numpy.load_file(path)
-    return arrays["canonical"], arrays["bases"], arrays["basis_scales"]
+def _drop_damaged(path: Path, load: Callable[[Path], object], console: Console) -> None:
+    """Remove a file that a step would go on from and that can't be read."""
+    try:
+        if path.exists():
+            load(path)
+    except Exception:  # whatever NumPy, zipfile, pickle and PyTorch say to a damaged file
+        console.print(f"{path} is damaged: this step begins anew")
+        path.unlink()
 
 
-def _stage_b(audio: Float32, train: Track, weights: Float32, settings: Settings, steps: _Steps) -> stage_b.Adapter:
-    path = steps.folder / "adapter.safetensors"
-    key = steps.key(
-        steps.done["track"],
+def _stage_b(audio: Float32, train: Track, weights: Float32, settings: Settings, done: Steps) -> stage_b.Adapter:
+    path = done.folder / ADAPTER
+    key = done.key(
+        sha256(done.folder / TRACK),
         hashlib.sha256(audio.tobytes()).hexdigest(),
         len(train),
         sha256(audio_encoder.WEIGHTS),
-        DEGRADED,
+        settings.degraded,
         settings.seed,
     )
-    if not steps.is_done("stage-b", key, path):
-        with steps.progress("hear", DEGRADED + 1) as advance:
-            heard = stage_b.versions(audio, len(train), DEGRADED, settings.seed, advance)
-        every = slice(0, len(train), max(len(train) // 1500, 1))
+    if done.is_done("stage B", key):
+        done.skipped("stage B")
+    else:
+        with done.running("hear", key, settings.degraded + 1, []) as advance:
+            heard = stage_b.versions(audio, len(train), settings.degraded, settings.seed, advance)
+        every = slice(0, len(train), max(len(train) // GEOMETRY_FRAMES, 1))
         landmarks, _ = geometry.triangulate(train[every], weights[every])
-        with steps.progress("stage B", stage_b.STEPS) as advance:
+        with done.running("stage B", key, stage_b.STEPS, [ADAPTER]) as advance:
             adapter = stage_b.fit(heard, weights[:, :BLINK], landmarks[1 : BLINK + 1], train, settings.seed, advance)
-        _write(path, safetensors.numpy.save(asdict(adapter)))
-        steps.mark("stage-b", key)
+            steps.write(path, safetensors.numpy.save(asdict(adapter)))
     return stage_b.Adapter(**safetensors.numpy.load_file(path))
 
 
-class _Steps:
-    """Which steps are done, and with what inputs; kept in the work folder."""
-
-    def __init__(self, folder: Path, console: Console) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.console = folder, console
-        self._file = folder / "done.json"
-        self.done: dict[str, str] = json.loads(self._file.read_text()) if self._file.exists() else {}
-
-    @staticmethod
-    def key(*inputs: object) -> str:
-        """A digest of what a step's result depends on, and of the release that makes it."""
-        return hashlib.sha256(repr((version("talksplat-export"), *inputs)).encode()).hexdigest()
-
-    def is_done(self, step: str, key: str, result: Path) -> bool:
-        done = self.done.get(step) == key and result.exists()
-        if done:
-            self.console.print(f"{step}: done before")
-        return done
-
-    def mark(self, step: str, key: str) -> None:
-        self.done[step] = key
-        _write(self._file, json.dumps(self.done, indent=1).encode())
-
-    def progress(self, step: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        return bars.shown(self.console, step, total)
-
-
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+def _report(
+    recording: Recording, avatar: Avatar, tracked: Track, model: Path | None, findings: list[Finding], done: Steps
+) -> None:
+    """Look at the frames that were kept back; on pixels where a FaceLandmarker is at hand."""
+    subject = Subject(avatar, recording, tracked, stage_b.hear(recording.audio, len(tracked)))
+    losses = json.loads((done.folder / LOSSES).read_text())
+    key = done.key(avatar.provenance["seconds"])
+    with (
+        Landmarker(model) if model is not None else nullcontext() as landmarker,
+        done.running("report", key, len(subject.test) * len(DRIVERS), [report.NAME]) as advance,
+    ):
+        path = report.write(done, subject, findings, losses, landmarker, advance)
+    done.console.print(f"report: {path}")
 
 
 def sha256(path: Path | None) -> str:
@@ -282,43 +360,72 @@ def sha256(path: Path | None) -> str:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the subcommand."""
-    defaults = Settings()
     parser = subparsers.add_parser("fit", help="make an avatar from a recording", description=__doc__)
-    parser.add_argument("video", type=Path, help="a recording of one face speaking")
+    parser.add_argument("video", type=Path, help="a recording of one face speaking: mp4, mov, webm, mkv")
     parser.add_argument("--out", type=Path, required=True, metavar="avatars/ID", help="the bundle to write")
     track.add_arguments(parser)
+    parser.add_argument("--preview", action="store_true", help="a first avatar in minutes: small, of the first minute")
     parser.add_argument("--work", type=Path, help="folder for what the steps leave (default: runs/ID)")
-    parser.add_argument("--size", type=int, default=0, help="pixels a side (default: the video's, at most 512)")
     parser.add_argument("--about", default="", help="where the recording comes from, kept in the bundle")
-    parser.add_argument("--train-seconds", type=float, default=defaults.train_seconds, help="default: %(default)s")
-    parser.add_argument("--gaussians", type=int, default=defaults.gaussians, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="of stage A (default: %(default)s)")
-    parser.add_argument("--plates", type=int, default=defaults.plates, help="default: %(default)s")
-    parser.add_argument("--megabytes", type=float, default=defaults.megabytes, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
+    parser.add_argument("--train-seconds", type=float, help="that are fitted to (default: 150, less of a short one)")
+    whole, first = Settings(), PREVIEW
+
+    def setting(name: str, text: str = "") -> None:
+        default, preview = getattr(whole, name), getattr(first, name)
+        shown = f"{default}, {preview} with --preview" if preview != default else f"{default}"
+        option = f"--{name.replace('max_', '')}"
+        parser.add_argument(option, type=type(default), dest=name, help=f"{text}default: {shown}")
+
+    setting("max_size", "pixels a side, at most; ")
+    setting("gaussians")
+    setting("steps", "of stage A; ")
+    setting("plates")
+    setting("megabytes", "of the bundle, at most; ")
+    setting("seed")
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # the rasterizer's threads are the ones that count
-    settings = Settings(
-        train_seconds=args.train_seconds,
-        gaussians=args.gaussians,
-        steps=args.steps,
-        plates=args.plates,
-        megabytes=args.megabytes,
-        seed=args.seed,
-    )
-    console = Console(highlight=False)
+    names = ("train_seconds", "max_size", "gaussians", "steps", "plates", "megabytes", "seed")
+    asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = replace(PREVIEW if args.preview else Settings(), **asked)
+    console = Console(highlight=False, soft_wrap=True)
+    work = args.work or Path("runs") / args.out.name
+    work = work / "preview" if args.preview else work
     try:
-        recording = Recording(args.video, args.audio, args.size)
-        work = args.work or Path("runs") / args.out.name
-        folder = fit(recording, args.out, args.track, args.landmarker, work, settings, args.about, console)
-    except (RecordingError, TrackError, plates.PlatesError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        recording = Recording(args.video, args.audio)
+        fit(recording, args.out, args.track, args.landmarker, work, settings, args.about, console)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         return 130
-    console.print(f"wrote {folder}")
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
+        sentence = _sentence(error, work)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _sentence(error: Exception, work: Path) -> str | None:
+    """What an error that is nobody's mistake in this code means for who runs a fit; None for other errors."""
+    words = str(error)
+    full = "PytorchStreamWriter failed" in words or (isinstance(error, OSError) and error.errno == errno.ENOSPC)
+    if full:
+        free = shutil.disk_usage(work).free / 1e9
+        return (
+            f"The disk is full: {free:.1f} GB are free at {work}, a fit needs 3 GB for a while. Make room, or name a "
+            "folder on another disk with --work. No half bundle was written; the same command goes on from here."
+        )
+    starved = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("allocate memory" in words or "out of memory" in words)
+    )
+    if starved:
+        return (
+            "There is not enough memory: a fit of 512 x 512 pixels takes up to 6 GB. Close other programs, or ask for "
+            "less with --size 256. No half bundle was written; the same command goes on from here."
+        )
+    if isinstance(error, RecordingError | TrackError | plates.PlatesError | BundleError | OSError):
+        return words
+    return None

@@ -132,12 +132,14 @@ def measure(
     driven_by: str,
     landmarker: Landmarker | None,
     advance: Callable[[int], object] = lambda done: None,
+    observe: Callable[[int, Image, Image], object] = lambda index, recorded, drawn: None,
 ) -> _report.Row:
     """One row of figures over the test frames; see the module.
 
     Args:
         landmarker: measures landmarks on pixels; only a `Subject` can do without.
         advance: called with the number of frames done.
+        observe: called with the index, the recorded and the drawn picture of every frame.
     """
     draw = subject.drawer(driven_by)
     test, layout = subject.test, subject.track.layout
@@ -146,6 +148,7 @@ def measure(
     face_db, mouth_db, similarity, found = [], [], [], []
     for index, recorded in zip(test, subject.recording.frames(test.start, test.stop), strict=True):
         drawn = draw(recorded, index)
+        observe(index, recorded, drawn)
         face_db.append(psnr(recorded[face], drawn[face]))
         mouth_db.append(psnr(recorded[mouth], drawn[mouth]))
         similarity.append(splat.ssim(_floats(recorded[face]), _floats(drawn[face]), threads=1))
@@ -225,7 +228,7 @@ def _run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     try:
         avatar = bundle.read(args.bundle.parent, args.bundle.name)
-        recording = Recording(args.video, args.audio, avatar.width)
+        recording = Recording.as_fitted(args.video, args.audio, avatar.width, avatar.provenance)
         model = track.landmarker_file(args.landmarker) if args.landmarker or args.track is None else None
         tracked = track.find(recording, args.track, model)
         subject = Subject(avatar, recording, tracked, stage_b.hear(recording.audio, len(tracked)))

@@ -96,7 +96,7 @@ class Recording:
     @cached_property
     def length(self) -> int:
         """How many frames there are."""
-        return math.ceil((min(self._index.end, self.seconds) - ROUNDING) * clock.FPS)
+        return self.whole if self.seconds == math.inf else min(self.whole, round(self.seconds * clock.FPS))
 
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[Image]:
         """Yield the frames ``start`` to ``stop`` (exclusive), [size, size, 3] RGB.
@@ -154,9 +154,9 @@ class Recording:
         return np.asarray(samples, np.float32)
 
     @property
-    def whole(self) -> float:
-        """How many seconds the file holds, used or not."""
-        return self._index.end
+    def whole(self) -> int:
+        """How many frames there are with those that are not used."""
+        return math.ceil((self._index.end - ROUNDING) * clock.FPS)
 
     @property
     def rate(self) -> float:

@@ -231,8 +231,10 @@ def from_ground_truth(path: Path, recording: Recording) -> Track:
         if len(found) != len(wanted) or any(b is not None and a != b for a, b in zip(found, wanted, strict=True)):
             text = ", ".join("C" if side is None else str(side) for side in wanted)
             raise TrackError(f"{name} of {path.name} is {list(found)}, expected [{text}].")
-    if frames != recording.length:
-        raise TrackError(f"{path.name} describes {frames} frames, {recording.path.name} has {recording.length}.")
+    if frames != recording.whole:
+        raise TrackError(f"{path.name} describes {frames} frames, {recording.path.name} has {recording.whole}.")
+    frames = recording.length
+    arrays = {name: array[:frames] for name, array in arrays.items()}
 
     size = recording.size
     focal = size / (2 * np.tan(np.radians(SUBJECT_FOV_DEG / 2)))

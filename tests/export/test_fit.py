@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import errno
+import io
 import json
 import re
 import shutil
 from argparse import ArgumentParser
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import av
 import numpy as np
 import numpy.typing as npt
 import pytest
+import simplejpeg
 import talking_head
 from safetensors.torch import save_file
 
@@ -21,7 +28,7 @@ from talksplat_export import audio_encoder, fit, plates, quality, splat_torch, s
 from talksplat_export.recording import Recording
 
 Float32 = npt.NDArray[np.float32]
-TRAIN_SECONDS, FRAMES = 3.0, 100
+TRAIN_SECONDS, FRAMES = 3.0, 260
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +63,6 @@ def fitted(head: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("fitted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage_b, "STEPS", 100)
-        patch.setattr(fit, "DEGRADED", 1)
         assert fit_head(head, folder) == 0
     return folder
 
@@ -65,7 +71,6 @@ def fitted(head: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
 def copy(fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished fit that may be changed."""
     monkeypatch.setattr(stage_b, "STEPS", 100)
-    monkeypatch.setattr(fit, "DEGRADED", 1)
     shutil.copytree(fitted, tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -84,12 +89,68 @@ def test_the_loss_falls(fitted: Path) -> None:
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
 
 
-def test_the_report_shows_frames_that_were_kept_back(fitted: Path) -> None:
-    text = (fitted / "work" / "report.md").read_text()
-    assert "| head | coefficients |" in text
-    assert "| head | audio |" in text
-    for picture in ("frames.jpg", "loss.png", "lips.png"):
-        assert (fitted / "work" / picture).stat().st_size > 1000
+class Page(HTMLParser):
+    """The tags of a page with their attributes, and its text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def content(self, tag: str, attribute: str) -> list[tuple[str, bytes]]:
+        """Kind and bytes of what lies in the page itself."""
+        found = [
+            re.fullmatch("data:(.*);base64,(.*)", attrs[attribute] or "") for name, attrs in self.tags if name == tag
+        ]
+        assert all(found), "the page needs another file"
+        return [(match[1], base64.b64decode(match[2])) for match in found if match]
+
+
+@pytest.fixture(scope="module")
+def page(fitted: Path) -> Page:
+    return Page(fitted / "work" / "report.html")
+
+
+def test_the_report_is_one_well_formed_page_with_findings_and_figures(page: Page) -> None:
+    assert page.open == []
+    for words in ("Face, PSNR", "Lip opening, correlation", "10.4 s long", "The mouth was found closed", "SHA-256"):
+        assert words in page.text
+    assert re.search(r"split\d+\s+stage A\d+\s+hear\d+\s+stage B\d+", page.text)
+    pictures = page.content("img", "src")
+    assert [kind for kind, _ in pictures].count("image/svg+xml") == 3
+    assert [kind for kind, _ in pictures].count("image/jpeg") == 6
+    for kind, data in pictures:
+        if kind == "image/jpeg":
+            assert simplejpeg.decode_jpeg(data).shape[1] % 3 == 0
+
+
+def test_the_report_plays_recorded_and_driven_frames_side_by_side_with_sound(page: Page) -> None:
+    ((kind, data),) = page.content("video", "src")
+    assert kind == "video/mp4"
+    with av.open(io.BytesIO(data), "r") as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        container.seek(0)
+        sound = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+    assert frames[0].shape == (96, 3 * 96, 3)
+    assert len(frames) == FRAMES - round(TRAIN_SECONDS * 25)
+    assert np.abs(sound).max() > 0.05
+    # The three pictures are of the same moment: nearer to each other than to those of other moments.
+    first, second, _ = np.split(np.array(frames, np.float32), 3, axis=2)
+    same = np.abs(first - second).mean()
+    assert same < np.abs(first - np.roll(second, 20, axis=0)).mean()
 
 
 def test_quality_is_better_than_that_of_an_avatar_that_does_not_move(
@@ -141,7 +202,6 @@ def test_an_interrupt_leaves_no_bundle_and_the_same_command_goes_on(
     head: dict[str, Path], tmp_path: Path, fitted: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(stage_b, "STEPS", 100)
-    monkeypatch.setattr(fit, "DEGRADED", 1)
     whole, calls = splat_torch.rasterization, 0
 
     def interrupted(*args: Any, **options: Any) -> Any:
@@ -162,14 +222,134 @@ def test_an_interrupt_leaves_no_bundle_and_the_same_command_goes_on(
     np.testing.assert_array_equal(resumed.bases, straight.bases)
 
 
-def test_a_full_disk_leaves_no_bundle(head: dict[str, Path], copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize(
+    ("module", "name", "error"),
+    [
+        (bundle, "write", OSError(errno.ENOSPC, "No space left on device")),
+        (stage_a, "cut", OSError(errno.ENOSPC, "No space left on device")),
+        (
+            stage_a,
+            "fit",
+            RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed"),
+        ),
+    ],
+)
+def test_a_full_disk_is_said_and_leaves_no_bundle(
+    head: dict[str, Path],
+    tmp_path: Path,
+    module: Any,
+    name: str,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(stage_b, "STEPS", 20)
+    monkeypatch.setattr(module, name, Mock(side_effect=error))
+    assert fit_head(head, tmp_path) == 1
+    assert "error: The disk is full:" in capsys.readouterr().err
+    assert not list((tmp_path / "avatars").glob("*/avatar.json"))
+    assert not (tmp_path / "work" / "crops").exists() or name != "cut"
 
-    before = bundle.read(copy / "avatars", "head")
-    monkeypatch.setattr(bundle, "write", full)
+
+def test_a_full_disk_keeps_the_bundle_that_there_was(
+    head: dict[str, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len(bundle.read(copy / "avatars", "head").plates)
+    monkeypatch.setattr(bundle, "write", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
     assert fit_head(head, copy, "--plates", 5) == 1
-    assert len(bundle.read(copy / "avatars", "head").plates) == len(before.plates)
+    assert len(bundle.read(copy / "avatars", "head").plates) == before
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_too_little_memory_is_said_and_leaves_no_bundle(
+    head: dict[str, Path],
+    tmp_path: Path,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(stage_a, "fit", Mock(side_effect=error))
+    assert fit_head(head, tmp_path) == 1
+    assert "error: There is not enough memory" in capsys.readouterr().err
+    assert not (tmp_path / "avatars").exists()
+
+
+def test_other_errors_are_not_hidden(head: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_a, "fit", Mock(side_effect=RuntimeError("a mistake")))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        fit_head(head, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["steps.json", "track.npz", "gaussians.safetensors", "adapter.safetensors"])
+def test_a_damaged_work_folder_is_mended(head: dict[str, Path], copy: Path, name: str) -> None:
+    before = bundle.read(copy / "avatars", "head")
+    file = copy / "work" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert fit_head(head, copy) == 0
+    after = bundle.read(copy / "avatars", "head")
+    np.testing.assert_array_equal(after.canonical, before.canonical)
+    np.testing.assert_array_equal(after.adapter_in, before.adapter_in)
+
+
+def test_a_damaged_checkpoint_is_left_out(
+    head: dict[str, Path], tmp_path: Path, fitted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_b, "STEPS", 100)
+    monkeypatch.setattr(stage_b, "versions", Mock(side_effect=KeyboardInterrupt))
+    assert fit_head(head, tmp_path) == 130  # after stage A
+    monkeypatch.undo()
+    monkeypatch.setattr(stage_b, "STEPS", 100)
+    records = json.loads((tmp_path / "work" / "steps.json").read_text())
+    records["steps"]["stage A"]["finished"] = False
+    (tmp_path / "work" / "steps.json").write_text(json.dumps(records))
+    (tmp_path / "work" / "stage_a.pt").write_bytes(b"PK half a file")
+    assert fit_head(head, tmp_path) == 0
+    np.testing.assert_array_equal(
+        bundle.read(tmp_path / "avatars", "head").canonical, bundle.read(fitted / "avatars", "head").canonical
+    )
+
+
+def test_another_recording_in_the_same_work_folder_is_fitted_itself(
+    head: dict[str, Path], copy: Path, tmp_path: Path
+) -> None:
+    with av.open(str(head["video"])) as container:
+        frames = [np.asarray(frame.to_ndarray(format="bgr24"), np.uint8) for frame in container.decode(video=0)]
+    talking_head.write_video(tmp_path / "other.mp4", frames)
+    before = bundle.read(copy / "avatars", "head")
+    assert fit_head({**head, "video": tmp_path / "other.mp4"}, copy) == 0
+    after = bundle.read(copy / "avatars", "head")
+    red, blue = (avatar.canonical[[11, 13]].mean(1) for avatar in (before, after))
+    assert np.diff(red) * np.diff(blue) < 0
+
+
+def test_a_preview_is_small_and_none_of_its_steps_goes_into_the_fit(
+    head: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_b, "STEPS", 20)
+    monkeypatch.setattr(
+        fit, "PREVIEW", replace(fit.PREVIEW, gaussians=300, steps=10, plates=5, seconds=10.0, max_size=64)
+    )
+    files = ("--audio", head["audio"], "--track", head["track"])
+    folders = ("--out", tmp_path / "avatars" / "head", "--work", tmp_path / "work")
+    assert run(fit, "fit", head["video"], *files, *folders, "--preview") == 0
+    first = bundle.read(tmp_path / "avatars", "head")
+    assert (first.width, first.gaussians, len(first.plates)) == (64, 300, 5)
+    assert first.provenance["used_s"] == 10.0
+    assert (tmp_path / "work" / "preview" / "report.html").exists()
+    assert fit_head(head, tmp_path) == 0
+    second = bundle.read(tmp_path / "avatars", "head")
+    assert (second.width, second.gaussians, len(second.plates)) == (96, 400, 10)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fitted_to"), [(12, 9), (60, 45), (120, 90), (160, 125), (185.04, 150), (240, 150)]
+)
+def test_enough_is_kept_to_test_with_whatever_the_length(seconds: float, fitted_to: float) -> None:
+    frames = round(seconds * 25)
+    assert fit.Settings().training_frames(frames) == pytest.approx(fitted_to * 25, abs=1)
+    assert fit.Settings(train_seconds=1000).training_frames(frames) == frames
 
 
 def test_a_bundle_that_can_not_be_small_enough_is_refused(
@@ -197,8 +377,8 @@ def test_an_id_that_is_none_is_refused_before_work(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head_pose_deg": np.zeros((FRAMES, 2), np.float32)}, r"head_pose_deg of .* expected \[100, 3\]"),
-        ({"eye_blink": np.zeros(7, np.float32)}, r"eye_blink of .* is \[7\], expected \[100\]"),
+        ({"head_pose_deg": np.zeros((FRAMES, 2), np.float32)}, r"head_pose_deg of .* expected \[260, 3\]"),
+        ({"eye_blink": np.zeros(7, np.float32)}, r"eye_blink of .* is \[7\], expected \[260\]"),
         ({"blendshapes": np.zeros((50, 2), np.float32)}, r"expected \[50"),
         ({"landmarks68_px": None}, "landmarks68_px"),
         ({"blendshapes": np.full((FRAMES, 2), np.nan, np.float32)}, "NaN"),
