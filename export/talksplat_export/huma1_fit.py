@@ -12,11 +12,14 @@ gate on its output. So silence is the canonical face.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from talksplat import clock
-from talksplat.animator import gate
+from talksplat.animator import SPEECH_EDGES, gate
 from talksplat.avatar import (
+    BLINK,
     HUMA1_WEIGHTS,
     SPEECH_WIDTH,
     TRIPLANE_CHANNELS,
@@ -34,6 +38,7 @@ from talksplat.avatar import (
 )
 from talksplat_export import augment, huma1, moonshine, splat_torch, stage_a, vad
 from talksplat_export.stage_a import Crops, Gaussians
+from talksplat_export.steps import Steps
 from talksplat_export.track import Track
 
 Float32 = npt.NDArray[np.float32]
@@ -55,6 +60,9 @@ REST_PERCENTILE = 12.0  # of the frames count as rest, by their expression
 DROPOUT = 0.1  # of the speech's channels
 PIECE_SECONDS = 8.0  # how long one chain of degradations lasts
 HEAR_BATCH = 16  # windows
+DEGRADED = 3  # versions of the audio, besides the recorded one
+HEARD = "heard.npz"
+SPEECH_ENCODER = moonshine.WHEELS["base"].encoder  # SHA-256 of its weights
 
 
 # --- the sound ---------------------------------------------------------------------------------------------------
@@ -80,7 +88,7 @@ def hear(audios: Sequence[Float32], frames: int, advance: Callable[[int], object
     Args:
         advance: called with the number of recordings done.
     """
-    encoder, detector = moonshine.load_wheel("base")[0].model.encoder, vad.load()
+    encoder, detector = _speech_encoder(), vad.load()
     chunks = -(-(frames + clock.CHUNK_FRAMES - 1) // clock.CHUNK_FRAMES)
     hidden = np.empty((len(audios), chunks, WINDOW_TOKENS, SPEECH_WIDTH), np.float16)
     speech = np.empty((len(audios), frames), np.float32)
@@ -100,6 +108,11 @@ def hear(audios: Sequence[Float32], frames: int, advance: Callable[[int], object
         speech[version] = torch.cat(probabilities).reshape(-1).numpy()[early : early + frames]
         advance(version + 1)
     return Heard(hidden, speech)
+
+
+@functools.cache
+def _speech_encoder() -> moonshine.Encoder:
+    return moonshine.load_wheel("base")[0].model.encoder
 
 
 def degraded(audio: Float32, quiet: npt.NDArray[np.bool_], seed: int) -> Float32:
@@ -190,7 +203,7 @@ class Head(nn.Module):
         )
 
     @torch.no_grad()
-    def tensors(self) -> dict[str, npt.NDArray[np.float32 | np.float16]]:
+    def tensors(self) -> dict[str, npt.NDArray[Any]]:
         """The fields of a `Huma1Avatar` that are fitted."""
         coarse, fine = (planes.numpy().astype(np.float16) for planes in self.triplanes)
         return {
@@ -207,12 +220,55 @@ class Head(nn.Module):
 
 
 @dataclass(frozen=True)
-class Steps:
-    """How many of each kind."""
+class Counts:
+    """How many iterations of each kind."""
 
-    static: int = 1500
-    warm: int = 600
+    static: int = 1000
+    warm: int = 500
     deformation: int = 4000
+
+    def plan(self) -> dict[str, float]:
+        """Seconds that each step takes on two cores."""
+        return {"static": 0.1 * self.static, "warm start": 0.15 * self.warm, "deformation": 0.25 * self.deformation}
+
+
+def make(
+    audio: Float32,  # [samples]
+    track: Track,
+    weights: Float32,  # [T, 21] of the track's frames
+    crops: Crops,
+    canonical: Float32,  # [14, N] and
+    motion: Float32,  # [21, 3, N] of `geometry.seed`
+    counts: Counts,
+    seed: int,
+    done: Steps,
+    key: str,
+) -> tuple[dict[str, npt.NDArray[Any]], list[float]]:
+    """The fields of a `Huma1Avatar` that are fitted, and the losses of the last step.
+
+    Args:
+        done: keeps what each step leaves.
+        key: of track, crops and seeds; audio and counts are taken care of here.
+    """
+    frames = len(track)
+    key = done.key(key, hashlib.sha256(audio.tobytes()).hexdigest(), frames, SPEECH_ENCODER, DEGRADED, seed)
+    if done.is_done("hear", key):
+        done.skipped("hear")
+    else:
+        with done.running("hear", key, DEGRADED + 1, [HEARD]) as advance:
+            clean = audio[: frames * clock.SAMPLES_PER_FRAME]
+            speech = hear([clean], frames, lambda _: None).speech[0]
+            quiet = np.repeat(speech < SPEECH_EDGES[0], clock.SAMPLES_PER_FRAME)[: len(clean)]
+            versions = [clean, *(degraded(clean, quiet, seed + number) for number in range(DEGRADED))]
+            heard = hear(versions, frames, advance)
+            partial = done.folder / f"partial-{HEARD}"
+            np.savez(partial, hidden=heard.hidden, speech=heard.speech)
+            os.replace(partial, done.folder / HEARD)
+    with np.load(done.folder / HEARD) as kept:
+        heard = Heard(kept["hidden"], kept["speech"])
+    head = Head(canonical, motion[BLINK], seed)
+    losses = fit(head, crops, track, heard, weights[:, :BLINK], motion[:BLINK], counts, seed, done, key)
+    return head.tensors(), losses
 
 
 def fit(
@@ -222,16 +278,16 @@ def fit(
     heard: Heard,
     targets: Float32,  # [T, 20] tracked coefficients
     motion: Float32,  # [20, 3, N] metres a unit of coefficient, from `geometry.seed`
-    steps: Steps,
+    counts: Counts,
     seed: int,
-    folder: Path,
-    progress: Callable[[str, int], Callable[[int], object]],
-) -> dict[str, list[float]]:
-    """Fit ``head`` in place; returns the losses of each step of the fit.
+    done: Steps,
+    key: str,
+) -> list[float]:
+    """Fit ``head`` in place; returns the losses of the third step.
 
     Args:
-        folder: keeps the state, so that an interrupted fit goes on.
-        progress: is given a step's name and length, and gives what is called with the number of iterations done.
+        done: keeps what each step leaves, so that an interrupted fit goes on.
+        key: of all the other arguments.
     """
     emphasis = torch.from_numpy(crops.emphasis)[..., None]
     emphasis = emphasis / emphasis.mean()
@@ -253,7 +309,7 @@ def fit(
     def static(step: int) -> Tensor:
         rng = np.random.default_rng([seed, 0, step])
         picked = rng.choice(len(crops.frames), BATCH, p=resting)
-        return pixels(picked, None, 2 if step < HALF_SIZE_SHARE * steps.static else 1)
+        return pixels(picked, None, 2 if step < HALF_SIZE_SHARE * counts.static else 1)
 
     def warm(step: int) -> Tensor:
         rng = np.random.default_rng([seed, 1, step])
@@ -268,21 +324,30 @@ def fit(
         rng = np.random.default_rng([seed, 2, step])
         picked = rng.choice(len(crops.frames), BATCH, p=often)
         speech, opening = draw(rng, crops.frames[picked])
-        return pixels(picked, opening * head.offsets(speech), 2 if step < HALF_SIZE_SHARE * steps.deformation else 1)
+        return pixels(picked, opening * head.offsets(speech), 2 if step < HALF_SIZE_SHARE * counts.deformation else 1)
 
     often, resting = stage_a.sampling(track), _resting(track, targets)
     canonical = {name: rest for name, (_, rest, _) in stage_a.GROUPS.items()}
     blink = {f"blink {name}": rate for name, (_, _, rate) in stage_a.GROUPS.items()}
     slower = {name: CANONICAL_SHARE * rate for name, rate in canonical.items()}
     plan: list[tuple[str, int, Mapping[str, float], Callable[[int], Tensor]]] = [
-        ("static", steps.static, canonical, static),
-        ("warm start", steps.warm, WARM_RATES, warm),
-        ("deformation", steps.deformation, slower | blink | RATES, deformation),
+        ("static", counts.static, canonical, static),
+        ("warm start", counts.warm, WARM_RATES, warm),
+        ("deformation", counts.deformation, slower | blink | RATES, deformation),
     ]
-    losses = {}
+    losses: list[float] = []
     for name, count, rates, loss in plan:
-        with_progress = progress(name, count)
-        losses[name] = descend(head, rates, count, loss, folder / f"{name.replace(' ', '_')}.pt", with_progress)
+        key = done.key(key, name, count)
+        left, kept = (done.folder / f"{name.replace(' ', '-')}{suffix}.pt" for suffix in ("", "-checkpoint"))
+        if done.is_done(name, key):
+            done.skipped(name)
+        else:
+            with done.running(name, key, count, [left.name], kept=kept.name) as advance:
+                losses = descend(head, rates, count, loss, kept, advance)
+                _save({"head": head.state_dict(), "losses": losses}, left)
+        state = torch.load(left, weights_only=True)
+        head.load_state_dict(state["head"])
+        losses = state["losses"]
     return losses
 
 
@@ -337,9 +402,7 @@ def descend(
         losses = state["losses"]
 
     def save() -> None:
-        partial = checkpoint.with_suffix(".partial")
-        torch.save({"head": head.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, partial)
-        os.replace(partial, checkpoint)
+        _save({"head": head.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, checkpoint)
 
     saved = time.monotonic()
     try:
@@ -358,6 +421,12 @@ def descend(
     finally:
         save()
     return losses
+
+
+def _save(state: object, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
 
 
 def _resting(track: Track, targets: Float32) -> npt.NDArray[np.float64]:
