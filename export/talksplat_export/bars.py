@@ -28,9 +28,9 @@ def shown(console: Console, name: str, total: int, left: Left | None = None) -> 
         nonlocal first
         first = done - 1 if first is None else first
         spent = time.monotonic() - began
-        words = f"{duration(spent / max(done - first, 1) * (total - done))} left"
+        words = f"left: {duration(spent / max(done - first, 1) * (total - done))}"
         if left is not None:
-            words += f", {duration(left((done - first) / max(total - first, 1), spent))} in all"
+            words += f", {duration(left((done - first) / max(total - first, 1), spent))} of the whole"
         return words
 
     if not console.is_terminal:

@@ -46,6 +46,7 @@ FIGURES = {  # of a row of `quality`: words, unit, how many decimals
     "lip_lag_frames": ("Lip opening, lag", "frames", 0),
     "silence_std_pct": ("Lips in silence, standard deviation", "% of range", 1),
 }
+DRIVEN_BY = {"coefficients": "the recorded motion", "audio": "audio alone"}
 COLOURS = {"light": ("#1c1f23", "#d3d7db", "#2a6fdb", "#d9622b"), "dark": ("#e4e7ea", "#444a50", "#75a9ff", "#f09a6a")}
 
 
@@ -102,15 +103,17 @@ def write(
     lips = [quality.lip_openings(subject, driver) for driver in DRIVERS]
     page = _TEMPLATE.render(
         subject=subject,
+        fitted_seconds=subject.test.start / clock.FPS,
         seconds=len(subject.test) / clock.FPS,
         findings=findings,
-        drivers=DRIVERS,
+        drivers=[DRIVEN_BY[driver] for driver in DRIVERS],
         figures=[
             (words, unit, [_figure(row[name], decimals) for row in rows])
             for name, (words, unit, decimals) in FIGURES.items()
         ],
         measured_by=rows[0]["measured_by"],
         video=_data("video/mp4", _video(watched)),
+        poster=_data("image/jpeg", _jpeg(_joined(watched)[0])),
         pictures=[(title, _data("image/jpeg", jpeg)) for title, jpeg in _pictures(subject, watched)],
         plots=[
             (title, {theme: _data("image/svg+xml", _plot(draw, theme)) for theme in COLOURS})
@@ -174,8 +177,7 @@ def _video(watched: _Watched) -> bytes:
         assert isinstance(heard, av.AudioStream)
         pictures.height = len(watched.frames["recorded"][0])
         pictures.width, pictures.pix_fmt = 3 * pictures.height, "yuv420p"
-        for side_by_side in zip(*(watched.frames[name] for name in ("recorded", *DRIVERS)), strict=True):
-            joined = np.ascontiguousarray(np.concatenate(side_by_side, 1))
+        for joined in _joined(watched):
             container.mux(pictures.encode(av.VideoFrame.from_ndarray(joined, format="rgb24")))
         container.mux(pictures.encode(None))
         if len(sound):
@@ -186,6 +188,16 @@ def _video(watched: _Watched) -> bytes:
                 container.mux(heard.encode(piece))
             container.mux(heard.encode(None))
     return file.getvalue()
+
+
+def _joined(watched: _Watched) -> list[Image]:
+    """The video's frames: the three pictures side by side."""
+    kinds = (watched.frames[name] for name in ("recorded", *DRIVERS))
+    return [np.ascontiguousarray(np.concatenate(pictures, 1)) for pictures in zip(*kinds, strict=True)]
+
+
+def _jpeg(image: Image) -> bytes:
+    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(image), 88, "RGB", "444"))
 
 
 def _pictures(subject: Subject, watched: _Watched) -> Iterator[tuple[str, bytes]]:
@@ -206,13 +218,12 @@ def _pictures(subject: Subject, watched: _Watched) -> Iterator[tuple[str, bytes]
             apart.append(index)
     picked += [(f"Worst frame, driven by audio: {watched.psnr['audio'][i]:.1f} dB", i) for i in apart]
     face = subject.box((*track.layout.brows, *track.layout.jaw, *track.layout.mouth), margin=FACE_MARGIN)
-    weights = [subject.weights(driver) for driver in DRIVERS]
+    drawers = [subject.drawer(driver) for driver in DRIVERS]
     for title, offset in picked:
         index = test.start + offset
         recorded = next(subject.recording.frames(index, index + 1))
-        images = [recorded, *(subject.draw(recorded, index, weight[index]) for weight in weights)]
-        joined = np.ascontiguousarray(np.concatenate([image[face] for image in images], 1))
-        yield f"{title} ({index / clock.FPS:.1f} s)", bytes(simplejpeg.encode_jpeg(joined, 88, "RGB", "444"))
+        images = [recorded, *(draw(recorded, index) for draw in drawers)]
+        yield f"{title} ({index / clock.FPS:.1f} s)", _jpeg(np.concatenate([image[face] for image in images], 1))
 
 
 # --- plots -------------------------------------------------------------------------------------------------------
@@ -259,7 +270,7 @@ def _loss_curve(axes: Axes, colours: tuple[str, str], losses: Sequence[float]) -
 def _psnr_curve(axes: Axes, colours: tuple[str, str], subject: Subject, psnr: dict[str, list[float]]) -> None:
     times = np.array(subject.test) / clock.FPS
     for colour, (driver, values) in zip(colours, psnr.items(), strict=True):
-        axes.plot(times, values, color=colour, label=f"driven by {driver}")
+        axes.plot(times, values, color=colour, label=f"driven by {DRIVEN_BY[driver]}")
     axes.set_xlabel("seconds")
     axes.set_ylabel("dB")
     axes.legend(loc="lower right", ncols=2)
@@ -274,7 +285,9 @@ def _lip_curve(axes: Axes, colours: tuple[str, str], subject: Subject, lips: Seq
     sound = np.pad(sound, (0, shown * clock.SAMPLES_PER_FRAME - len(sound)))
     level = np.sqrt(np.mean(sound.reshape(shown, -1) ** 2, 1))
     top = float(max(np.max(opening) for opening in lips))
-    axes.fill_between(times, 0, level / max(float(level.max()), 1e-9) * top, alpha=0.15, lw=0, label="sound")
+    axes.fill_between(
+        times, 0, level / max(float(level.max()), 1e-9) * top, color="#8a9199", alpha=0.3, lw=0, label="sound"
+    )
     for colour, opening, label in zip(colours, lips, ("recorded", "driven by audio"), strict=True):
         axes.plot(times, opening[:shown], color=colour, label=label)
     axes.set_xlabel("seconds")

@@ -136,6 +136,8 @@ def open_crops(folder: Path) -> Crops:
 def _new(path: Path, shape: tuple[int, ...]) -> np.memmap[Any, np.dtype[np.uint8]]:
     """An array of bytes on disk, to be filled."""
     array: np.memmap[Any, np.dtype[np.uint8]] = open_memmap(path, "w+", np.uint8, shape)  # type: ignore[no-untyped-call]
+    with path.open("r+b") as file:  # a disk that is too full is an error here, and a crash when the pages are written
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
 
 

@@ -7,12 +7,14 @@ subject. Cameras are pinholes with +z forward and +y down; the head frame is in 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -319,7 +321,8 @@ class Landmarker:
             output_facial_transformation_matrixes=True,
         )
         try:
-            self._landmarker = vision.FaceLandmarker.create_from_options(options)
+            with _silenced():
+                self._landmarker = vision.FaceLandmarker.create_from_options(options)
         except (RuntimeError, ValueError) as error:
             raise TrackError(f"{model} is no FaceLandmarker model ({error}).") from error
 
@@ -345,6 +348,20 @@ class Landmarker:
 
     def __exit__(self, *_: object) -> None:
         self._landmarker.close()
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Without the dozen lines that MediaPipe writes to standard error whatever its log level; errors it raises."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _pixels(face: Any, frame: npt.NDArray[np.uint8]) -> Float32:
