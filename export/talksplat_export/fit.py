@@ -29,9 +29,9 @@ from rich.console import Console
 
 from talksplat import avatar as bundle
 from talksplat import clock
-from talksplat.avatar import BLINK, WEIGHTS, Avatar, BundleError
+from talksplat.avatar import BLINK, PROFILES, WEIGHTS, AnyAvatar, Avatar, BundleError, Huma1Avatar
 from talksplat.bench._report import commit
-from talksplat_export import audio_encoder, checks, geometry, plates, report, stage_a, stage_b, steps, track
+from talksplat_export import audio_encoder, checks, geometry, huma1_fit, plates, report, stage_a, stage_b, steps, track
 from talksplat_export.checks import Finding, Looks, Severity
 from talksplat_export.geometry import Float32
 from talksplat_export.quality import DRIVERS, Subject
@@ -44,7 +44,7 @@ MIN_SECONDS = 2  # to fit to; a person worth looking at needs a minute
 GEOMETRY_FRAMES = 1500  # that landmarks are triangulated from, at most
 LOOKS, DETECTIONS, TRACK = "looks.npz", "detections.npz", "track.npz"
 CROPS, CHECKPOINT, LOSSES, GAUSSIANS = "crops", "stage_a.pt", "losses.json", "gaussians.safetensors"
-ADAPTER = "adapter.safetensors"
+ADAPTER, NET = "adapter.safetensors", "huma1.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Settings:
 
     train_seconds: float | None = None  # the rest is for testing; None: see `training_frames`
     gaussians: int = 8000
-    steps: int = 6000  # of stage A
+    steps: int = 6000  # of stage A; of the deformation, if the profile is huma1
     plates: int = 200
+    profile: str = "huma2"
     megabytes: float = 8.0  # of the bundle, at most
     degraded: int = 8  # versions of the audio, besides the recorded one, for stage B
     seconds: float = checks.LONGEST  # of the recording that are used
@@ -71,6 +72,7 @@ class Settings:
         return min(round((self.train_seconds or seconds) * clock.FPS), frames)
 
 
+HUMA1 = Settings(profile="huma1", gaussians=huma1_fit.GAUSSIANS, steps=huma1_fit.Counts.deformation)
 PREVIEW = Settings(gaussians=3000, steps=800, plates=75, megabytes=4.0, degraded=2, seconds=60.0, max_size=256)
 
 
@@ -120,26 +122,29 @@ def fit(
     basis = geometry.coefficient_basis(train.expression)
     weights = geometry.frame_weights(tracked, basis)
 
-    canonical, bases, basis_scales = _stage_a(recording, tracked, weights, training, settings, done)
-    adapter = _stage_b(recording.audio, train, weights[:training], settings, done)
     loop = plates.choose(train, settings.plates)
+    kind: type[AnyAvatar]
+    if settings.profile == Huma1Avatar.profile:
+        fitted = _huma1(recording, tracked, weights, training, settings, done)
+        kind, encoder = Huma1Avatar, huma1_fit.SPEECH_ENCODER
+    else:
+        canonical, bases, basis_scales = _stage_a(recording, tracked, weights, training, settings, done)
+        adapter = _stage_b(recording.audio, train, weights[:training], settings, done)
+        fitted = {"canonical": canonical, "bases": bases, "basis_scales": basis_scales, **asdict(adapter)}
+        kind, encoder = Avatar, sha256(audio_encoder.WEIGHTS)
     console.print(f"plates: frames {loop.start} to {loop.stop - 1}")
-    rest_of_bundle = canonical.nbytes + bases.nbytes + 200_000
+    rest_of_bundle = sum(tensor.nbytes for tensor in fitted.values()) + 200_000
     jpegs = plates.encode(recording, loop, int(settings.megabytes * 1e6) - rest_of_bundle)
     assert recording.square is not None
-    avatar = Avatar(
+    avatar = kind(
         id=out.name,
-        canonical=canonical,
-        bases=bases,
-        basis_scales=basis_scales,
-        adapter_in=adapter.adapter_in,
-        adapter_out=adapter.adapter_out,
+        **fitted,
         plates=jpegs,
         viewmats=np.ascontiguousarray(tracked.viewmats[loop.start : loop.stop]),
         K=tracked.K,
         width=recording.size,
         height=recording.size,
-        audio_encoder=sha256(audio_encoder.WEIGHTS),
+        audio_encoder=encoder,
         provenance={
             "about": about,
             "recording": recording.path.name,
@@ -161,7 +166,7 @@ def fit(
     )
     folder = bundle.write(avatar, out.parent)
     console.print(f"wrote {folder}")
-    if training < len(tracked):
+    if training < len(tracked) and isinstance(avatar, Avatar):
         _report(recording, avatar, tracked, model, findings, done)
     minutes, memory = sum(done.seconds.values()) / 60, done.peak_memory / 1e9
     console.print(f"{minutes:.1f} min in all, {memory:.1f} GB of memory at most")
@@ -178,10 +183,16 @@ def _plan(recording: Recording, settings: Settings, model: Path | None) -> dict[
         "probe": 0.003 * frames * tracking,
         "track": 0.014 * frames * tracking,
         "split": 0.012 * training,
-        "stage A": settings.steps * (0.05 + 0.2 * area),
-        "hear": 0.0025 * training * (settings.degraded + 1),
-        "stage B": 15.0,
-        "report": 0.08 * (frames - training),
+        **(
+            {"hear": 0.01 * training * (huma1_fit.DEGRADED + 1), **huma1_fit.Counts.of(settings.steps).plan()}
+            if settings.profile == Huma1Avatar.profile
+            else {
+                "stage A": settings.steps * (0.05 + 0.2 * area),
+                "hear": 0.0025 * training * (settings.degraded + 1),
+                "stage B": 15.0,
+                "report": 0.08 * (frames - training),
+            }
+        ),
     }
 
 
@@ -246,14 +257,45 @@ def _stage_a(
 ) -> tuple[Float32, Any, Float32]:
     train = tracked[:training]
     folder = done.folder
-    split_key = done.key(*_pictures(recording), sha256(folder / TRACK), training)
-    key = done.key(split_key, settings.gaussians, settings.steps, settings.seed)
+    key = done.key(_split_key(recording, training, done), settings.gaussians, settings.steps, settings.seed)
     if done.is_done("stage A", key):
         done.skipped("split")
         done.skipped("stage A")
         arrays = safetensors.numpy.load_file(folder / GAUSSIANS)
         return arrays["canonical"], arrays["bases"], arrays["basis_scales"]
 
+    crops, canonical, motion = _seeds(recording, tracked, weights, training, settings, done)
+    head = stage_a.Head(canonical, motion)
+    with done.running("stage A", key, settings.steps, [GAUSSIANS, LOSSES], kept=CHECKPOINT) as advance:
+        _drop_damaged(folder / CHECKPOINT, lambda path: torch.load(path, weights_only=True), done.console)
+        losses = stage_a.fit(
+            head,
+            crops,
+            train,
+            weights,
+            stage_a.sampling(train),
+            settings.steps,
+            settings.seed,
+            folder / CHECKPOINT,
+            lambda progress: advance(progress.step),
+        )
+        steps.write(folder / LOSSES, json.dumps([round(loss, 5) for loss in losses]).encode())
+        canonical, bases, scales = head.quantised()
+        arrays = {"canonical": canonical, "bases": bases, "basis_scales": scales}
+        steps.write(folder / GAUSSIANS, safetensors.numpy.save(arrays))
+    shutil.rmtree(folder / CROPS)  # a gigabyte that a minute makes anew
+    return canonical, bases, scales
+
+
+def _split_key(recording: Recording, training: int, done: Steps) -> str:
+    return done.key(*_pictures(recording), sha256(done.folder / TRACK), training)
+
+
+def _seeds(
+    recording: Recording, tracked: Track, weights: Float32, training: int, settings: Settings, done: Steps
+) -> tuple[stage_a.Crops, Float32, Float32]:
+    """The frames cut to the region, and the first Gaussians: canonical planes [14, N] and motion [21, 3, N]."""
+    train, folder, split_key = tracked[:training], done.folder, _split_key(recording, training, done)
     used = slice(0, training, max(training // GEOMETRY_FRAMES, 1))
     moving = np.flatnonzero(weights[:training].any(0))  # the weights that this recording has
     landmarks, distance = geometry.triangulate(train[used], weights[:training][used][:, moving])
@@ -283,26 +325,33 @@ def _stage_a(
     )
     full = np.zeros((WEIGHTS, 3, canonical.shape[1]), np.float32)
     full[moving] = motion
-    head = stage_a.Head(canonical, full)
-    with done.running("stage A", key, settings.steps, [GAUSSIANS, LOSSES], kept=CHECKPOINT) as advance:
-        _drop_damaged(folder / CHECKPOINT, lambda path: torch.load(path, weights_only=True), done.console)
-        losses = stage_a.fit(
-            head,
-            crops,
-            train,
-            weights,
-            stage_a.sampling(train),
-            settings.steps,
-            settings.seed,
-            folder / CHECKPOINT,
-            lambda progress: advance(progress.step),
-        )
+    return crops, canonical, full
+
+
+def _huma1(
+    recording: Recording, tracked: Track, weights: Float32, training: int, settings: Settings, done: Steps
+) -> dict[str, Any]:
+    """The fitted fields of a Huma 1."""
+    folder, train = done.folder, tracked[:training]
+    audio = recording.audio[: training * clock.SAMPLES_PER_FRAME]
+    heard = hashlib.sha256(audio.tobytes()).hexdigest()
+    key = done.key(_split_key(recording, training, done), heard, settings.gaussians, settings.steps, settings.seed)
+    if done.is_done("net", key):
+        for name in ("split", *huma1_fit.Counts().plan(), "net"):
+            done.skipped(name)
+        return dict(safetensors.numpy.load_file(folder / NET))
+    crops, canonical, motion = _seeds(recording, tracked, weights, training, settings, done)
+    counts = huma1_fit.Counts.of(settings.steps)
+    head = huma1_fit.Head(canonical, motion[BLINK], settings.seed)
+    fitted, losses = huma1_fit.make(
+        head, audio, train, weights[:training], crops, motion, counts, settings.seed, done, key
+    )
+    with done.running("net", key, 1, [NET, LOSSES]):
         steps.write(folder / LOSSES, json.dumps([round(loss, 5) for loss in losses]).encode())
-        canonical, bases, scales = head.quantised()
-        arrays = {"canonical": canonical, "bases": bases, "basis_scales": scales}
-        steps.write(folder / GAUSSIANS, safetensors.numpy.save(arrays))
-    shutil.rmtree(folder / CROPS)  # a gigabyte that a minute makes anew
-    return canonical, bases, scales
+        steps.write(folder / NET, safetensors.numpy.save(fitted))
+    shutil.rmtree(folder / CROPS)
+    huma1_fit.tidy(folder)
+    return fitted
 
 
 def _drop_damaged(path: Path, load: Callable[[Path], object], console: Console) -> None:
@@ -376,6 +425,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         option = f"--{name.replace('max_', '')}"
         parser.add_argument(option, type=type(default), dest=name, help=f"{text}default: {shown}")
 
+    parser.add_argument(
+        "--profile", choices=list(PROFILES), default=Settings.profile, help="the generation; default: %(default)s"
+    )
     setting("max_size", "pixels a side, at most; ")
     setting("gaussians")
     setting("steps", "of stage A; ")
@@ -389,7 +441,11 @@ def _run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # the rasterizer's threads are the ones that count
     names = ("train_seconds", "max_size", "gaussians", "steps", "plates", "megabytes", "seed")
     asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    settings = replace(PREVIEW if args.preview else Settings(), **asked)
+    if args.preview and args.profile != Settings.profile:
+        print(f"error: --preview makes avatars of the profile {Settings.profile} only", file=sys.stderr)
+        return 1
+    chosen = HUMA1 if args.profile == HUMA1.profile else PREVIEW if args.preview else Settings()
+    settings = replace(chosen, **asked)
     console = Console(highlight=False, soft_wrap=True)
     work = args.work or Path("runs") / args.out.name
     work = work / "preview" if args.preview else work

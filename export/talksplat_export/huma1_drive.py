@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +16,12 @@ import torch
 
 from talksplat import clock, splat, triplanes
 from talksplat.animator import gate, posed
-from talksplat.avatar import ATTRIBUTES, COEFFICIENTS, Huma1Avatar
-from talksplat_export import huma1
+from talksplat.avatar import ATTRIBUTES, COEFFICIENTS, AnyAvatar, Huma1Avatar, ProfileError
+from talksplat_export import huma1, huma1_fit
 from talksplat_export.huma1_fit import OFFSET_UNITS, Heard
 from talksplat_export.quality import Comparison, psnr
-from talksplat_export.recording import Image
+from talksplat_export.recording import Image, Recording
+from talksplat_export.track import Track
 
 Float32 = npt.NDArray[np.float32]
 
@@ -41,6 +43,7 @@ def drive(avatar: Huma1Avatar, heard: Heard, frames: Sequence[int]) -> Iterator[
 class Huma1Subject(Comparison):
     """An avatar of the profile huma1 with the recording that it is compared with; it is driven by audio alone."""
 
+    drivers: ClassVar[Sequence[str]] = ("audio",)
     avatar: Huma1Avatar
     heard: Heard
 
@@ -73,6 +76,17 @@ class Huma1Subject(Comparison):
         shapes = posed(self.avatar, offsets, float(self.track.blink[index]))
         job = splat.Job(shapes, _NO_WEIGHTS, self.track.viewmats[index], self.avatar.K, recorded)
         return splat.render_onto([job], threads=1)[0]
+
+
+def subject(avatar: AnyAvatar, recording: Recording, track: Track) -> Huma1Subject:
+    """Listen to the recording, for the comparison.
+
+    Raises:
+        ProfileError: the avatar is of another profile.
+    """
+    if not isinstance(avatar, Huma1Avatar):
+        raise ProfileError(f"avatar {avatar.id!r} is of the profile {avatar.profile}, not {Huma1Avatar.profile}")
+    return Huma1Subject(avatar, recording, track, huma1_fit.hear([recording.audio], len(track), lambda _: None))
 
 
 _NO_WEIGHTS = np.zeros(0, np.float32)

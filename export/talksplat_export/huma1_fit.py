@@ -13,13 +13,12 @@ gate on its output. So silence is the canonical face.
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -227,48 +226,58 @@ class Counts:
     warm: int = 500
     deformation: int = 4000
 
+    @classmethod
+    def of(cls, deformation: int) -> Self:
+        """As many of the first two as usual for a number of the third."""
+        share = deformation / cls.deformation
+        return cls(max(round(cls.static * share), 1), max(round(cls.warm * share), 1), deformation)
+
     def plan(self) -> dict[str, float]:
         """Seconds that each step takes on two cores."""
         return {"static": 0.1 * self.static, "warm start": 0.15 * self.warm, "deformation": 0.25 * self.deformation}
 
 
 def make(
-    audio: Float32,  # [samples]
+    head: Head,
+    audio: Float32,  # [samples] of the track's frames
     track: Track,
     weights: Float32,  # [T, 21] of the track's frames
     crops: Crops,
-    canonical: Float32,  # [14, N] and
-    motion: Float32,  # [21, 3, N] of `geometry.seed`
+    motion: Float32,  # [21, 3, N] of the Gaussians, from `geometry.seed`
     counts: Counts,
     seed: int,
     done: Steps,
     key: str,
 ) -> tuple[dict[str, npt.NDArray[Any]], list[float]]:
-    """The fields of a `Huma1Avatar` that are fitted, and the losses of the last step.
+    """Listen to the recording and fit ``head``: its `Head.tensors`, and the losses of the last step.
 
     Args:
         done: keeps what each step leaves.
-        key: of track, crops and seeds; audio and counts are taken care of here.
+        key: of the other arguments.
     """
     frames = len(track)
-    key = done.key(key, hashlib.sha256(audio.tobytes()).hexdigest(), frames, SPEECH_ENCODER, DEGRADED, seed)
+    key = done.key(key, SPEECH_ENCODER, DEGRADED)
     if done.is_done("hear", key):
         done.skipped("hear")
     else:
         with done.running("hear", key, DEGRADED + 1, [HEARD]) as advance:
-            clean = audio[: frames * clock.SAMPLES_PER_FRAME]
-            speech = hear([clean], frames, lambda _: None).speech[0]
-            quiet = np.repeat(speech < SPEECH_EDGES[0], clock.SAMPLES_PER_FRAME)[: len(clean)]
-            versions = [clean, *(degraded(clean, quiet, seed + number) for number in range(DEGRADED))]
+            speech = hear([audio], frames, lambda _: None).speech[0]
+            quiet = np.repeat(speech < SPEECH_EDGES[0], clock.SAMPLES_PER_FRAME)[: len(audio)]
+            versions = [audio, *(degraded(audio, quiet, seed + number) for number in range(DEGRADED))]
             heard = hear(versions, frames, advance)
             partial = done.folder / f"partial-{HEARD}"
             np.savez(partial, hidden=heard.hidden, speech=heard.speech)
             os.replace(partial, done.folder / HEARD)
     with np.load(done.folder / HEARD) as kept:
         heard = Heard(kept["hidden"], kept["speech"])
-    head = Head(canonical, motion[BLINK], seed)
     losses = fit(head, crops, track, heard, weights[:, :BLINK], motion[:BLINK], counts, seed, done, key)
     return head.tensors(), losses
+
+
+def tidy(folder: Path) -> None:
+    """Remove what the steps left, once the result is kept: a tenth of a gigabyte that a few minutes make anew."""
+    for path in (folder / HEARD, *(folder / f"{name.replace(' ', '-')}.pt" for name in Counts().plan())):
+        path.unlink(missing_ok=True)
 
 
 def fit(

@@ -27,11 +27,12 @@ from __future__ import annotations
 import argparse
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +63,7 @@ class Comparison(ABC):
     avatar: AnyAvatar
     recording: Recording
     track: Track
+    drivers: ClassVar[Sequence[str]] = DRIVERS  # what `drawer` takes
 
     @property
     @abstractmethod
@@ -224,19 +226,27 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=_run)
 
 
+def _subject(avatar: AnyAvatar, recording: Recording, tracked: Track) -> Comparison:
+    if isinstance(avatar, Avatar):
+        return Subject(avatar, recording, tracked, stage_b.hear(recording.audio, len(tracked)))
+    from talksplat_export import huma1_drive  # which builds on this module
+
+    return huma1_drive.subject(avatar, recording, tracked)
+
+
 def _run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     try:
-        avatar = bundle.read(args.bundle.parent, args.bundle.name)
+        avatar = bundle.read(args.bundle.parent, args.bundle.name, AnyAvatar)
         recording = Recording.as_fitted(args.video, args.audio, avatar.width, avatar.provenance)
         model = track.landmarker_file(args.landmarker) if args.landmarker or args.track is None else None
         tracked = track.find(recording, args.track, model)
-        subject = Subject(avatar, recording, tracked, stage_b.hear(recording.audio, len(tracked)))
+        subject = _subject(avatar, recording, tracked)
         if not subject.test:
             raise RecordingError("The avatar was fitted to all frames of this recording: nothing is left to test with.")
         rows = []
         with Landmarker(model) if model is not None else nullcontext() as landmarker:
-            for driven_by in DRIVERS:
+            for driven_by in subject.drivers:
                 with bars.shown(Console(), driven_by, len(subject.test)) as advance:
                     rows.append(measure(subject, driven_by, landmarker, advance))
     except (BundleError, UnknownAvatarError, RecordingError, TrackError) as error:

@@ -24,7 +24,7 @@ import talking_head
 from safetensors.torch import save_file
 
 from talksplat import avatar as bundle
-from talksplat_export import audio_encoder, fit, plates, quality, splat_torch, stage_a, stage_b, track
+from talksplat_export import audio_encoder, fit, huma1_fit, plates, quality, splat_torch, stage_a, stage_b, track
 from talksplat_export.recording import Recording
 
 Float32 = npt.NDArray[np.float32]
@@ -437,3 +437,34 @@ def test_frames_without_a_face_are_neither_plates_nor_fitted_to() -> None:
     share = stage_a.sampling(tracked)
     assert share[~seen].max() == 0
     assert share[seen].min() > 0
+
+
+def test_the_first_generation_is_fitted_by_the_same_command_and_goes_on_after_an_interrupt(
+    head: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huma1_fit, "DEGRADED", 1)
+    more = ("--profile", "huma1", "--steps", 6, "--train-seconds", 2.0)
+    photometric, calls = huma1_fit.photometric, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return photometric(*arguments)
+
+    monkeypatch.setattr(huma1_fit, "photometric", interrupted)
+    assert fit_head(head, tmp_path, *more) == 130
+    assert not (tmp_path / "avatars").exists()
+    assert fit_head(head, tmp_path, *more) == 0
+    assert len(calls) == 5 + (2 + 6 - 4)  # static and deformation, without what was done before
+    avatar = bundle.read(tmp_path / "avatars", "head", bundle.Huma1Avatar)
+    assert (avatar.gaussians, avatar.provenance["settings"]["profile"]) == (400, "huma1")
+    losses = json.loads((tmp_path / "work" / "losses.json").read_text())
+    assert len(losses) == 6
+    left = {path.name for path in (tmp_path / "work").iterdir()}
+    assert left == {"steps.json", "track.npz", "losses.json", "huma1.safetensors"}
+    again = bundle.read(tmp_path / "avatars", "head", bundle.Huma1Avatar)
+    assert fit_head(head, tmp_path, *more) == 0
+    np.testing.assert_array_equal(again.canonical, avatar.canonical)
+    assert len(calls) == 9
+    assert fit_head(head, tmp_path, "--profile", "huma1", "--preview") == 1
