@@ -224,7 +224,7 @@ class Counts:
 
     static: int = 1000
     warm: int = 500
-    deformation: int = 4000
+    deformation: int = 3000
 
     @classmethod
     def of(cls, deformation: int) -> Self:

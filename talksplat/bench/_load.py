@@ -1,4 +1,4 @@
-"""Streams that ask `animate` for chunk after chunk, in a process of their own."""
+"""Streams that ask `animate`, or its like of another profile, for chunk after chunk, in a process of their own."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Timings:
         return clock.CHUNK_FRAMES * len(self.chunk_ms) / self.seconds
 
 
-def drive(url: str, avatar: str, *, streams: int, size: int, seconds: float) -> Timings:
+def drive(url: str, model: str, avatar: str, *, streams: int, size: int, seconds: float) -> Timings:
     """Run ``streams`` closed loops against the server at ``url``."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(_drive, url, avatar, streams, size, seconds).result()
+        return process.submit(_drive, url, model, avatar, streams, size, seconds).result()
 
 
-def _drive(url: str, avatar: str, streams: int, size: int, seconds: float) -> Timings:
+def _drive(url: str, model: str, avatar: str, streams: int, size: int, seconds: float) -> Timings:
     chunk_ms: list[float] = []
     first_ms: list[float] = []
     errors: list[BaseException] = []
@@ -50,7 +50,7 @@ def _drive(url: str, avatar: str, streams: int, size: int, seconds: float) -> Ti
 
     def loop(number: int) -> None:
         try:
-            for ms, is_first in _stream(url, avatar, size, number, end):
+            for ms, is_first in _stream(url, model, avatar, size, number, end):
                 if time.perf_counter() >= begin:
                     chunk_ms.append(ms)
                     if is_first:
@@ -68,7 +68,7 @@ def _drive(url: str, avatar: str, streams: int, size: int, seconds: float) -> Ti
     return Timings(chunk_ms, first_ms, seconds)
 
 
-def _stream(url: str, avatar: str, size: int, number: int, end: float) -> Iterator[tuple[float, bool]]:
+def _stream(url: str, model: str, avatar: str, size: int, number: int, end: float) -> Iterator[tuple[float, bool]]:
     """Milliseconds of each chunk, and whether it was a stream's first."""
     requests = _requests(avatar, number)
     for utterance in itertools.count():
@@ -78,7 +78,7 @@ def _stream(url: str, avatar: str, size: int, number: int, end: float) -> Iterat
             for chunk, inputs in enumerate(requests):
                 if time.perf_counter() >= end:
                     return
-                client.infer("animate", inputs, parameters=parameters)
+                client.infer(model, inputs, parameters=parameters)
                 now = time.perf_counter()
                 yield 1e3 * (now - began), chunk == 0
                 began = now

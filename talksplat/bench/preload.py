@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import numpy as np
 import tritonclient.grpc as triton
@@ -11,18 +12,22 @@ import tritonclient.grpc as triton
 from talksplat import avatar as bundle
 from talksplat.bench._report import Row, report
 from talksplat.bench._server import serving
+from talksplat.server import ROOT
 
 COLD, WARM = 5, 20  # times each
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The benchmark's own options: none."""
+    """The benchmark's own options."""
+    parser.add_argument(
+        "--avatars", type=Path, default=ROOT / "avatars", help="folder of bundles; default: %(default)s"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and report; returns the exit status."""
     rows: list[Row] = []
-    with serving() as server, triton.InferenceServerClient(server.grpc_url) as client:
+    with serving(avatars=arguments.avatars) as server, triton.InferenceServerClient(server.grpc_url) as client:
         for avatar in bundle.available(server.avatars):
             cold, warm = [], []
             for _ in range(COLD):
