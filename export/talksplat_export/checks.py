@@ -165,6 +165,10 @@ def of_file(recording: Recording) -> list[Finding]:
         found.append(
             Finding(Severity.WARNING, f"There are {recording.rate:.1f} frames a second: {clock.FPS} are wanted.")
         )
+    elif abs(recording.rate - clock.FPS) > 0.1 or not recording.is_even:
+        evenly = "" if recording.is_even else ", unevenly spaced"
+        sentence = f"The file has {recording.rate:.1f} frames a second{evenly}: {clock.FPS} a second are taken from it."
+        found.append(Finding(Severity.NOTE, sentence))
     if gaps := recording.gaps(STILL):
         found.append(Finding(Severity.WARNING, "The picture stands still.", tuple(gaps)))
     return found

@@ -25,6 +25,7 @@ MAX_SIZE = 512  # pixels a side that a recording is reduced to
 MIN_SIZE = 64
 ROUNDING = 5e-4  # seconds by which time stamps may be rounded
 MAX_LOST = 1.0  # seconds at the end that may hold no frame that can be decoded
+EVEN = 0.005  # seconds by which the frames of a constant rate may differ
 GAP = 0.05  # seconds without a sample from which on they are made up for with silence
 
 
@@ -162,6 +163,11 @@ class Recording:
     def rate(self) -> float:
         """Different frames a second, on average."""
         return len(self._index.times) / self._index.end
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all frames last equally long."""
+        return len(self._index.times) < 3 or float(np.ptp(np.diff(self._index.times))) < EVEN
 
     @property
     def lost(self) -> float:

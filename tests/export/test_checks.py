@@ -165,7 +165,8 @@ def video(path: Path, seconds: float, fps: int = 25, **options: object) -> Recor
     ("seconds", "fps", "severity", "words"),
     [
         (5, 25, REFUSAL, r"5.0 s long: 10 s are needed"),
-        (12, 30, WARNING, r"12.0 s long"),
+        (12, 25, WARNING, r"12.0 s long"),
+        (61, 30, NOTE, r"The file has 30.0 frames a second: 25 a second are taken from it."),
         (61, 10, WARNING, r"10.0 frames a second"),
     ],
 )
@@ -173,6 +174,13 @@ def test_length_and_rate(tmp_path: Path, seconds: float, fps: int, severity: Sev
     found = checks.of_file(video(tmp_path / "v.mp4", seconds, fps))
     assert [finding.severity for finding in found] == [severity]
     assert words in str(found[0])
+
+
+def test_uneven_frames_are_noted(tmp_path: Path) -> None:
+    times = np.cumsum(np.random.default_rng(0).choice([1, 1, 2], 30)) / 30
+    talking_head.write_video(tmp_path / "v.mp4", [np.zeros((64, 64, 3), np.uint8)] * 30, times=list(times))
+    found = checks.of_file(Recording(tmp_path / "v.mp4"))
+    assert any("unevenly spaced" in str(finding) for finding in found)
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
