@@ -1,5 +1,6 @@
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 import simplejpeg
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from make_avatar import make_huma1_avatar
 
 from talksplat import avatar as bundle
-from talksplat.avatar import Avatar, BundleError, UnknownAvatarError
+from talksplat.avatar import AnyAvatar, Avatar, BundleError, Huma1Avatar, ProfileError, UnknownAvatarError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -230,3 +232,68 @@ def test_the_committed_avatar_belongs_to_the_committed_audio_encoder() -> None:
     ava = bundle.read(ROOT / "avatars", "ava")
     assert ava.audio_encoder == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert sum(path.stat().st_size for path in (ROOT / "avatars" / "ava").iterdir()) <= 8_000_000
+
+
+# The profile huma1
+
+
+def make_huma1(**changes: Any) -> Huma1Avatar:
+    return replace(make_huma1_avatar("kim", size=16, gaussians=5, plates=3), **changes)
+
+
+def test_what_is_written_of_a_huma1_is_read_back(tmp_path: Path) -> None:
+    written = make_huma1()
+    folder = bundle.write(written, tmp_path)
+    assert {path.name for path in folder.iterdir()} == {
+        *("avatar.json", "gaussians.safetensors", "triplanes.safetensors", "deformation.safetensors"),
+        *("plates.safetensors", "plates.bin"),
+    }
+    for kind in (Huma1Avatar, AnyAvatar):
+        found = bundle.read(tmp_path, "kim", kind)
+        assert isinstance(found, Huma1Avatar)
+        for name, array in vars(written).items():
+            if isinstance(array, np.ndarray):
+                np.testing.assert_array_equal(getattr(found, name), array)
+
+
+def test_a_profile_that_was_not_asked_for_is_refused_with_the_model_to_ask(tmp_path: Path) -> None:
+    bundle.write(make_huma1(), tmp_path)
+    bundle.write(make("lee"), tmp_path)
+    for read in (bundle.read, bundle.read_adapter):
+        with pytest.raises(ProfileError, match="'kim' is of the profile huma1, not huma2: the model animate_huma1"):
+            read(tmp_path, "kim")
+    with pytest.raises(ProfileError, match="'lee' is of the profile huma2, not huma1: the model animate animates"):
+        bundle.read(tmp_path, "lee", Huma1Avatar)
+    assert isinstance(bundle.read(tmp_path, "lee", AnyAvatar), Avatar)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"blink": np.zeros((14, 4), np.float32)}, r"blink is float32 \[14, 4\], expected float32 \[14, 5\]"),
+        ({"coarse": np.zeros((3, 16, 64, 64), np.float32)}, "coarse is float32"),
+        ({"fine": np.full((3, 16, 128, 128), np.inf, np.float16)}, "fine holds NaN or infinity"),
+        ({"box": np.zeros((2, 3), np.float32)}, "box has no volume"),
+        ({"mixing": np.zeros((64, 64), np.float32)}, r"mixing is float32 \[64, 64\]"),
+        ({"speech_in": np.full((417, 64), np.nan, np.float32)}, "speech_in holds NaN"),
+    ],
+)
+def test_arrays_of_a_huma1_that_do_not_fit_together_are_refused(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BundleError, match=reason):
+        make_huma1(**change)
+
+
+def test_a_bundle_that_lies_about_its_profile_is_refused(tmp_path: Path) -> None:
+    edit(bundle.write(make_huma1(), tmp_path), profile="huma2")
+    with pytest.raises(BundleError, match="must list exactly"):
+        bundle.read(tmp_path, "kim")
+
+
+@pytest.mark.parametrize("name", ["triplanes.safetensors", "deformation.safetensors"])
+def test_one_flipped_bit_of_a_huma1_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    path = bundle.write(make_huma1(), tmp_path) / name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match=f"{name} is damaged"):
+        bundle.read(tmp_path, "kim", Huma1Avatar)
