@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import av
 import numpy as np
 import numpy.typing as npt
+import soxr
 from scipy import fft
 
 from talksplat.clock import SAMPLE_RATE
 
 Audio: TypeAlias = npt.NDArray[np.float32]
 Generator: TypeAlias = np.random.Generator
+
+OPUS_RATES = (8000, 12000, 16000, 24000, 32000)  # bits per second
 
 
 def gain(audio: Audio, db: float) -> Audio:
@@ -83,8 +87,14 @@ def clicks(samples: int, rng: Generator) -> Audio:
     return out
 
 
+def breath(samples: int, rng: Generator) -> Audio:
+    """One breath: noise that swells and fades, RMS about 0.6."""
+    noise = coloured_noise(samples, rng.uniform(-0.5, 1.5), rng)
+    return noise * np.hanning(samples).astype(np.float32)
+
+
 def breaths(audio: Audio, quiet: npt.NDArray[np.bool_], rng: Generator) -> Audio:
-    """Breath-like noise in about half of the pauses; ``quiet`` [T] is true where nobody speaks."""
+    """A breath in about half of the pauses; ``quiet`` [T] is true where nobody speaks."""
     out = audio.copy()
     edges = np.flatnonzero(np.diff(quiet.astype(np.int8), prepend=0, append=0))
     level = np.sqrt(_speech_power(audio))
@@ -92,9 +102,8 @@ def breaths(audio: Audio, quiet: npt.NDArray[np.bool_], rng: Generator) -> Audio
         if end - start < SAMPLE_RATE // 5 or rng.random() < 0.5:
             continue
         length = int(min(end - start, rng.uniform(0.2, 0.6) * SAMPLE_RATE))
-        noise = coloured_noise(length, rng.uniform(-0.5, 1.5), rng) * np.hanning(length).astype(np.float32)
         first = int(rng.integers(start, end - length + 1))
-        out[first : first + length] += noise * np.float32(level * 10 ** (rng.uniform(-35, -12) / 20))
+        out[first : first + length] += breath(length, rng) * np.float32(level * 10 ** (rng.uniform(-35, -12) / 20))
     return out
 
 
@@ -149,6 +158,31 @@ def telephone(audio: Audio) -> Audio:
     return mu_law(band_limit(audio, 300, 3400))
 
 
+def opus(audio: Audio, bits_per_second: int) -> Audio:
+    """RFC 6716's codec in its mode for speech and back, 20 ms a packet; from about 6000 bits per second."""
+    encoder = av.CodecContext.create("libopus", "w")
+    assert isinstance(encoder, av.AudioCodecContext)
+    encoder.sample_rate, encoder.layout, encoder.format = SAMPLE_RATE, "mono", "flt"
+    encoder.bit_rate, encoder.options = bits_per_second, {"application": "voip"}
+    encoder.open()
+    packet = SAMPLE_RATE // 50
+    padded = np.pad(audio, (0, -len(audio) % packet + 2 * packet)).astype(np.float32)  # what the codec delays comes out
+    packets = []
+    for start in range(0, len(padded), packet):
+        frame = av.AudioFrame.from_ndarray(padded[None, start : start + packet], format="flt", layout="mono")
+        frame.sample_rate, frame.pts = SAMPLE_RATE, start
+        packets += encoder.encode(frame)
+    packets += encoder.encode(None)
+    decoder = av.CodecContext.create("libopus", "r")
+    assert isinstance(decoder, av.AudioCodecContext)
+    decoder.extradata = encoder.extradata  # tells how many samples to skip
+    decoder.layout, decoder.sample_rate = "mono", 48000
+    frames = [frame for one in packets for frame in decoder.decode(one)]
+    decoded = np.concatenate([frame.to_ndarray().reshape(-1) for frame in frames]).astype(np.float32) / 32768
+    out: Audio = soxr.resample(decoded, frames[0].sample_rate, SAMPLE_RATE)
+    return out[: len(audio)]
+
+
 def packet_loss(audio: Audio, rate: float, rng: Generator) -> Audio:
     """Silence in place of a share ``rate`` of the 20 ms packets, in bursts of one to three."""
     out = audio.copy()
@@ -195,6 +229,8 @@ def degrade(audio: Audio, quiet: npt.NDArray[np.bool_], babble: Sequence[Audio],
         out = telephone(out)
     elif channel < 0.24:
         out = band_limit(out, 0, rng.uniform(3400, 7500))
+    elif channel < 0.32:
+        out = opus(np.clip(out, -1, 1), int(rng.choice(OPUS_RATES)))
     if rng.random() < 0.12:
         out = packet_loss(out, rng.uniform(0.01, 0.08), rng)
     return np.clip(gain(out, rng.uniform(-30, 6)), -1, 1).astype(np.float32)

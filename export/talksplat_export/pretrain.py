@@ -19,12 +19,14 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import soxr
 import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,7 +35,7 @@ from torch import Tensor, nn
 
 from talksplat.avatar import FEATURES
 from talksplat.bench._report import commit
-from talksplat.clock import FPS, LEFT_CONTEXT, SAMPLES_PER_FRAME
+from talksplat.clock import FPS, LEFT_CONTEXT, SAMPLE_RATE, SAMPLES_PER_FRAME
 
 from . import alignment, augment, phonemes, synthesis
 from ._onnx import write
@@ -52,16 +54,18 @@ PHONEMES, ARTICULATIONS = phonemes.articulation().shape
 class Config:
     """Everything that decides the result."""
 
-    minutes: float = 240.0  # of synthetic speech
-    steps: int = 2000
-    batch: int = 40  # segments, each seen as recorded and degraded
+    minutes: float = 220.0  # of synthetic speech
+    steps: int = 1600
+    batch: int = 32  # segments, each seen as recorded and degraded
     frames: int = 48  # a segment's frames: 2 s
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 1e-2
     articulation_weight: float = 20.0
-    consistency_weight: float = 0.3
+    consistency_weight: float = 0.5
     real_repeats: int = 0  # how often real recordings count, which are fewer; 0 is none
-    noise_only: float = 0.04  # share of segments whose degraded version is noise without speech
+    noise_only: float = 0.06  # share of segments whose degraded version is noise without speech
+    resampled: float = 0.5  # share of segments played faster or slower, which makes other speakers
+    start: str = ""  # hash of the checkpoint that the run began with
     seed: int = 0
 
     @property
@@ -109,21 +113,29 @@ def _smooth(labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 class Corpus:
     """Recordings in memory, cut into random segments."""
 
-    def __init__(self, recordings: Sequence[Recording], config: Config) -> None:
+    def __init__(self, recordings: Sequence[Recording], config: Config, resampled: float = 0.0) -> None:
         needed = _CONTEXT_LABELS + config.frames * _LABELS_PER_FRAME + _AFTER_LABELS + max(OFFSETS)
         self._recordings = [r for r in recordings if len(r.labels) > needed]
         if not self._recordings:
             raise ValueError(f"no recording is longer than {needed / LABEL_RATE:.1f} s")
-        self._length, self._config = needed, config
+        self._length, self._config, self._resampled = needed, config, resampled
         seconds = np.array([len(r.labels) - needed + 1 for r in self._recordings], float)
         self._chances = seconds / seconds.sum()
         self._instants = _CONTEXT_LABELS + np.arange(config.frames) * _LABELS_PER_FRAME
 
     def _segment(self, rng: np.random.Generator) -> tuple[augment.Audio, npt.NDArray[np.uint8]]:
         recording = self._recordings[int(rng.choice(len(self._recordings), p=self._chances))]
-        first = int(rng.integers(0, len(recording.labels) - self._length + 1))
-        audio = recording.audio[first * HOP : (first + self._length) * HOP].astype(np.float32) / 32768
-        return audio, recording.labels[first : first + self._length]
+        speed = rng.uniform(0.85, 1.15) if rng.random() < self._resampled else 1.0
+        taken = int(np.ceil(self._length * speed)) + 1
+        if speed == 1.0 or taken > len(recording.labels):
+            speed, taken = 1.0, self._length
+        first = int(rng.integers(0, len(recording.labels) - taken + 1))
+        audio = recording.audio[first * HOP : (first + taken) * HOP].astype(np.float32) / 32768
+        labels = recording.labels[first : first + taken]
+        if speed != 1.0:
+            audio = soxr.resample(audio, SAMPLE_RATE * speed, SAMPLE_RATE, "LQ")[: self._length * HOP]
+            labels = labels[((np.arange(self._length) + 0.5) * speed).astype(int)]
+        return audio, labels
 
     def batch(self, segments: int, rng: np.random.Generator) -> Batch:
         """``segments`` segments as recorded, then the same ones degraded."""
@@ -162,7 +174,7 @@ def _losses(features: Tensor, targets: Targets, batch: Batch, config: Config) ->
     lips = F.mse_loss(articulation, batch.articulation)
     light, heavy = features.chunk(2)
     same = (batch.labels.chunk(2)[0] == batch.labels.chunk(2)[1]).unsqueeze(-1)
-    consistency = (same * (light - heavy) ** 2).sum() / (same.sum() * FEATURES)
+    consistency = (same * (light.detach() - heavy) ** 2).sum() / (same.sum() * FEATURES)
     loss = phoneme + config.articulation_weight * lips
     loss = loss + config.consistency_weight * consistency
     parts = {"phoneme": phoneme, "articulation": lips, "consistency": consistency}
@@ -243,15 +255,30 @@ def _from_checkpoint(path: Path) -> tuple[AudioEncoder, Targets]:
 
 
 def pretrain(
-    config: Config, train: Corpus, held_out: Mapping[str, Corpus], folder: Path, weights: Path, every: int = 200
+    config: Config,
+    train: Corpus,
+    held_out: Mapping[str, Corpus],
+    folder: Path,
+    weights: Path,
+    start: tuple[AudioEncoder, Targets] | None = None,
+    every: int = 200,
 ) -> dict[str, float]:
     """Train, with a checkpoint in ``folder`` every ``every`` steps; a later call goes on from it.
 
+    Args:
+        config: also names the checkpoint.
+        train: what to learn from.
+        held_out: what to measure on, see `validate`.
+        folder: of the checkpoint.
+        weights: the file to write at the end.
+        start: what to begin with, in place of random weights.
+        every: steps between checkpoints.
+
     Returns:
-        The figures of the last validation; the weights go to ``weights`` at the end.
+        The figures of the last validation.
     """
     torch.manual_seed(config.seed)
-    encoder, targets = AudioEncoder(), Targets()
+    encoder, targets = start or (AudioEncoder(), Targets())
     parameters = [*encoder.parameters(), *targets.parameters()]
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -268,11 +295,16 @@ def pretrain(
             part.load_state_dict(kept[name])
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+
+    def prepare(step: int) -> Batch:
+        return train.batch(config.batch, np.random.default_rng((config.seed, step)))
+
+    with Progress(*columns) as progress, ThreadPoolExecutor(1) as ahead:
         task = progress.add_task("pretraining", total=config.steps, completed=done)
+        following = ahead.submit(prepare, done)
         for step in range(done, config.steps):
             encoder.train()
-            batch = train.batch(config.batch, np.random.default_rng((config.seed, step)))
+            batch, following = following.result(), ahead.submit(prepare, step + 1)
             loss, shown = _losses(encoder(batch.audio), targets, batch, config)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -311,6 +343,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="add real speech: a folder whose manifest.csv has the columns file and transcript, "
         "and an earlier run's checkpoint that tells when its phonemes are said",
     )
+    parser.add_argument("--start", type=Path, metavar="CHECKPOINT", help="begin with an earlier run's result")
     parser.add_argument("--threads", type=int, default=1)
     parser.set_defaults(run=run)
 
@@ -318,7 +351,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Make the corpus if need be, train, write the weights; the exit status."""
     torch.set_num_threads(args.threads)
-    config = Config(minutes=args.minutes, steps=args.steps, real_repeats=3 if args.real else 0)
+    config = Config(
+        minutes=args.minutes,
+        steps=args.steps,
+        real_repeats=3 if args.real else 0,
+        start=hashlib.sha256(args.start.read_bytes()).hexdigest()[:12] if args.start else "",
+    )
     plan = synthesis.voices(config.minutes, config.seed)
     try:
         with Progress() as progress:
@@ -335,5 +373,6 @@ def run(args: argparse.Namespace) -> int:
         train += others * config.real_repeats
         held_out["real"] = [first]
     corpora = {name: Corpus(recordings, config) for name, recordings in held_out.items()}
-    pretrain(config, Corpus(train, config), corpora, args.runs, args.weights)
+    start = _from_checkpoint(args.start) if args.start else None
+    pretrain(config, Corpus(train, config, config.resampled), corpora, args.runs, args.weights, start)
     return 0

@@ -68,6 +68,14 @@ _PREPOSITIONS = _words(
     for from in inside into near off on outside over past through towards under until with without
     """
 )
+_FUNCTION_WORDS = _words(
+    """
+    I you he she it we they me him us them a a a an the the the this that these those my your its some any every each
+    is was are were be been am has have had do does did can could will would shall should may might must of of to to
+    to in on at as by for with about from and and or but not if so than then there here what which who whom now just
+    only also very more most much many other such no yes let us I am you are that's it's don't can't
+    """
+)
 _QUESTIONS = ["why", "when", "where", "how", "how often", "who said that", "do you think"]
 _DIGITS = _words("zero one two three four five six seven eight nine")
 _SENTENCES = """A pale moth circled the porch lamp all night.
@@ -100,17 +108,49 @@ Watch the children jump over the ditch by the church.
 The rough coughing of the old engine was enough for us.
 Our hour of power flowers came around without a sound.
 Joyce avoided the noisy toys and enjoyed the oysters.""".splitlines()
+_ENGLISH_ONSETS = _words(
+    """
+    p b m f v w t d n l s z r k g h j y sh ch th p b m f v w bl br cl cr dr dw fl fr gl gr pl pr qu sc scr shr sk sl sm
+    sn sp spl spr squ st str sw thr tr tw wh
+    """
+)
+_ENGLISH_VOWELS = _words("a e i o u a e i o u ee oo ea ai ay ow oi ou ar er or ir ur igh oa aw ew ie")
+_ENGLISH_CODAS = _words(
+    "b ck d dge f ff g l ll lt m mp n nd ng nk nt p pt r rb rd rm rn rt s sh sk sp ss st t tch th v ve x z ft lm ph mb"
+)
+_ENGLISH_ENDINGS = _words("ing ed er ly y tion ment ness able al es ous ish ive le ow ful ism or ity")
 _ONSETS = _words("p b m f v w t d n l s z r k g h j sh ch bl br dr fl gr kl kr pl pr sp st tr")
 _VOWELS = _words("a e i o u ai au ei ou")
 _CODAS = ["", "", "", "", "n", "m", "l", "s", "r", "t", "k", "p"]
 
 
 def english(seed: int) -> Iterator[str]:
-    """Sentences of the grammar, of a fixed list, strings of digits and random word sequences, without end."""
+    """Sentences of the grammar, of a fixed list, strings of digits and random word sequences, without end.
+
+    Half of them draw on invented words that sound English: what learns from a few hundred words learns the words, and
+    not their sounds.
+    """
     rng = np.random.default_rng(seed)
 
     def one_of(words: list[str]) -> str:
         return words[int(rng.integers(len(words)))]
+
+    def invented_word() -> str:
+        syllables = "".join(
+            one_of(_ENGLISH_ONSETS) * (n > 0 or rng.random() < 0.85)
+            + one_of(_ENGLISH_VOWELS)
+            + one_of(_ENGLISH_CODAS) * (rng.random() < 0.6)
+            for n in range(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
+        )
+        return syllables + one_of(_ENGLISH_ENDINGS) * (rng.random() < 0.3)
+
+    def chatter() -> str:
+        words = [
+            one_of(_FUNCTION_WORDS) if rng.random() < 0.45 else invented_word() for _ in range(rng.integers(5, 14))
+        ]
+        if len(words) > 7 and rng.random() < 0.5:
+            words[len(words) // 2] += ","
+        return f"{' '.join(words)}{one_of(['.', '.', '!', '?'])}"
 
     def noun_phrase() -> str:
         noun = one_of(_NOUNS) if rng.random() < 0.6 else f"{one_of(_ADJECTIVES)} {one_of(_NOUNS)}"
@@ -128,6 +168,8 @@ def english(seed: int) -> Iterator[str]:
         return f"{subject}{adverb} {one_of(_VERBS)} {noun_phrase()}{where}"
 
     def sentence() -> str:
+        if rng.random() < 0.5:
+            return chatter()
         kind = rng.random()
         if kind < 0.45:
             joined = (

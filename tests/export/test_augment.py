@@ -105,3 +105,18 @@ def test_breaths_stay_in_the_pauses() -> None:
         changed |= augment.breaths(audio, quiet, np.random.default_rng(seed)) != audio
     assert changed[quiet].any()
     assert not changed[~quiet].any()
+
+
+@pytest.mark.parametrize("bits", augment.OPUS_RATES)
+def test_opus_neither_shifts_nor_shortens_speech(bits: int) -> None:
+    rng = np.random.default_rng(0)
+    bursts = np.repeat(rng.uniform(0, 1, 20) > 0.5, SAMPLES // 20)  # 50 ms each
+    audio = (augment.band_limit(augment.coloured_noise(SAMPLES, 1, rng), 200, 3000) * bursts * 0.1).astype(np.float32)
+    out = augment.opus(audio, bits)
+    assert out.shape == audio.shape
+    assert out.dtype == np.float32
+    envelopes = [np.convolve(wave**2, np.ones(80) / 80, "same") for wave in (audio, out)]
+    lags = range(-80, 81)
+    best = lags[int(np.argmax([np.dot(envelopes[0][80:-80], np.roll(envelopes[1], -lag)[80:-80]) for lag in lags]))]
+    assert abs(best) <= 32  # 2 ms
+    assert np.corrcoef(envelopes[0], envelopes[1])[0, 1] > 0.8

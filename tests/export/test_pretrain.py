@@ -1,4 +1,5 @@
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +118,26 @@ def test_posteriors_come_every_10_ms() -> None:
 def test_recordings_that_are_too_short_are_refused() -> None:
     with pytest.raises(ValueError, match="no recording is longer"):
         Corpus([recording(1, seconds=1)], CONFIG)
+
+
+def test_resampled_segments_keep_their_length_and_their_clock() -> None:
+    seconds = 20
+    labels = np.repeat(np.arange(seconds * 5) % 40, 20).astype(np.uint8)
+    audio = np.repeat(100 * (np.arange(seconds * 5) % 40), 3200).astype(np.int16)  # the level tells the label
+    corpus = Corpus([Recording("v", audio, labels)], CONFIG, resampled=1.0)
+    for seed in range(5):
+        segment, said = corpus._segment(np.random.default_rng(seed))
+        assert segment.shape == (len(said) * 160,)
+        heard = np.round(segment[80::160] * 32768 / 100).astype(int)
+        assert np.mean(heard == said) > 0.9
+        runs = np.diff(np.flatnonzero(np.diff(said)))
+        assert not np.all(runs == 20)  # faster or slower than it was said
+
+
+def test_a_run_can_begin_with_an_earlier_result(train: Corpus, held_out: Mapping[str, Corpus], tmp_path: Path) -> None:
+    pretrain.pretrain(CONFIG, train, held_out, tmp_path, tmp_path / "first.safetensors")
+    start = pretrain._from_checkpoint(tmp_path / f"checkpoint-{CONFIG.digest}.pt")
+    still = replace(CONFIG, steps=2, learning_rate=1e-9, start="first")
+    pretrain.pretrain(still, train, held_out, tmp_path, tmp_path / "second.safetensors", start)
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("first", "second"))
+    torch.testing.assert_close(second["project.weight"], first["project.weight"], atol=1e-6, rtol=0)

@@ -103,3 +103,19 @@ def test_ipa_keeps_sentences_and_punctuation() -> None:
     assert "," in sentences[0]
     assert sentences[0].endswith(".")
     assert sentences[1].endswith("?")
+
+
+@needs_espeak
+@needs_piper
+def test_piper_pauses_at_marks_and_not_between_words() -> None:
+    with synthesis.Espeak() as espeak:
+        segments = synthesis.Piper(espeak).say("Tom bought a map, and we may buy a boat.").segments
+    pauses = [segment for segment in segments if not segment.indices]
+    assert len(pauses) == 4  # before, at the comma, at the full stop, after
+    assert all(one.end == pytest.approx(other.start) for one, other in itertools.pairwise(segments))
+
+
+def test_half_of_the_english_sentences_have_invented_words() -> None:
+    sentences = list(itertools.islice(texts.english(0), 400))
+    words = {word.strip(",.!?").lower() for sentence in sentences for word in sentence.split()}
+    assert len(words) > 900  # the lists alone have some 500
