@@ -1,13 +1,14 @@
-"""Huma 1 outside the server: what audio makes of an avatar, compared with a recording, and reduced to linear bases.
+"""Huma 1 outside the server: what audio makes of an avatar, compared with a recording, and reduced to a Huma 2.
 
-`reduce` is how a Huma 2 can be derived from a Huma 1: the offsets that the large net gives in the frames of a
-recording become 20 bases and their coefficients in every frame, by a singular value decomposition.
+`derive` makes a Huma 2 of a Huma 1: the offsets that the large net gives in the frames of a recording become 20 bases
+and their coefficients in every frame, by a singular value decomposition, and a small head learns these coefficients
+from the small encoder's features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 
 from talksplat import clock, splat, triplanes
 from talksplat.animator import gate, posed
-from talksplat.avatar import ATTRIBUTES, COEFFICIENTS, AnyAvatar, Huma1Avatar, ProfileError
-from talksplat_export import huma1, huma1_fit
+from talksplat.avatar import ATTRIBUTES, BLINK, COEFFICIENTS, WEIGHTS, AnyAvatar, Avatar, Huma1Avatar, ProfileError
+from talksplat_export import audio_encoder, fit, geometry, huma1, huma1_fit, stage_a, stage_b
 from talksplat_export.huma1_fit import OFFSET_UNITS, Heard
 from talksplat_export.quality import Comparison, psnr
 from talksplat_export.recording import Image, Recording
@@ -92,6 +93,9 @@ def subject(avatar: AnyAvatar, recording: Recording, track: Track) -> Huma1Subje
 _NO_WEIGHTS = np.zeros(0, np.float32)
 
 
+DECOMPOSED = 450  # frames, about
+
+
 @dataclass(frozen=True, eq=False)
 class Reduction:
     """Offsets as sums of few bases."""
@@ -100,9 +104,15 @@ class Reduction:
     coefficients: Float32  # [T, K] of the frames that were reduced, of unit root mean square
     energy: float  # share of the squared offsets that is kept, in units of `OFFSET_UNITS`
 
-    def offsets(self, frame: int) -> Float32:  # [14, N]
-        """What is left of the offsets of one of the frames."""
-        return np.asarray(np.tensordot(self.coefficients[frame], self.bases, 1))
+    def offsets(self, coefficients: Float32) -> Float32:  # [K] -> [14, N]
+        """What coefficients stand for."""
+        return np.asarray(np.tensordot(coefficients, self.bases, 1))
+
+    def project(self, offsets: Float32) -> Float32:  # [14, N] -> [K]
+        """The coefficients that come nearest to a frame's offsets."""
+        scaled = (self.bases / OFFSET_UNITS[:, None]).reshape(len(self.bases), -1)  # orthogonal
+        seen = scaled @ (offsets / OFFSET_UNITS[:, None]).reshape(-1)
+        return np.asarray(seen / np.square(scaled).sum(1), np.float32)
 
 
 def reduce(offsets: Float32, rank: int = COEFFICIENTS) -> Reduction:  # [T, 14, N]
@@ -127,19 +137,51 @@ def reduce(offsets: Float32, rank: int = COEFFICIENTS) -> Reduction:  # [T, 14, 
     )
 
 
-def kept_psnr(subject: Huma1Subject, offsets: Float32, reduction: Reduction, frames: Sequence[int]) -> list[float]:
-    """PSNR [dB] between frames drawn with all of the offsets [T, 14, N] and with the reduced ones, in the face's box.
-
-    Args:
-        frames: the recording's frames, of which offsets and reduction are; drawn onto mid-grey.
-    """
+def kept_psnr(subject: Huma1Subject, reduction: Reduction, frames: Sequence[int]) -> list[float]:
+    """PSNR [dB] between frames drawn with all of their offsets and with what the bases keep, in the face's box."""
     layout = subject.track.layout
     box = subject.box((*layout.brows, *layout.jaw, *layout.mouth))
     grey: Image = np.full((subject.avatar.height, subject.avatar.width, 3), 128, np.uint8)
     return [
         psnr(
-            subject.draw(grey, frame, offsets[number])[box],
-            subject.draw(grey, frame, reduction.offsets(number))[box],
+            subject.draw(grey, frame, offsets)[box],
+            subject.draw(grey, frame, reduction.offsets(reduction.project(offsets)))[box],
         )
-        for number, frame in enumerate(frames)
+        for frame, offsets in zip(frames, drive(subject.avatar, subject.heard, frames), strict=True)
     ]
+
+
+def derive(
+    subject: Huma1Subject,
+    heard: list[stage_b.Heard],  # versions of the recording, of the frames fitted to
+    seed: int,
+) -> tuple[Avatar, Reduction]:
+    """A Huma 2 that moves as the Huma 1 does in the frames that it was fitted to; and the bases before quantisation."""
+    whole, fitted = subject.avatar, range(subject.test.start)
+    train = subject.track[: len(fitted)]
+    some = fitted[:: max(len(fitted) // DECOMPOSED, 1)]
+    reduction = reduce(np.stack(list(drive(whole, subject.heard, some))))
+    rank = len(reduction.bases)
+    weights = np.zeros((len(fitted), WEIGHTS), np.float32)
+    weights[:, BLINK] = train.blink
+    for frame, offsets in zip(fitted, drive(whole, subject.heard, fitted), strict=True):
+        weights[frame, :rank] = reduction.project(offsets)
+    used = slice(0, len(fitted), max(len(fitted) // fit.GEOMETRY_FRAMES, 1))
+    landmarks, _ = geometry.triangulate(train[used], weights[used])
+    adapter = stage_b.fit(heard, weights[:, :BLINK], landmarks[1 : BLINK + 1], train, seed, lambda _: None)
+
+    full = np.zeros((ATTRIBUTES, WEIGHTS, whole.gaussians), np.float32)
+    full[:, :rank], full[:, BLINK] = reduction.bases.transpose(1, 0, 2), whole.blink
+    bases, scales = stage_a.quantise(full)
+    basis = np.linalg.lstsq(train.expression, weights[:, :BLINK], rcond=None)[0]  # for what is driven by the track
+    common = {field.name: getattr(whole, field.name) for field in fields(AnyAvatar)}
+    derived = Avatar(
+        **common
+        | {"audio_encoder": fit.sha256(audio_encoder.WEIGHTS)}
+        | {"provenance": {**whole.provenance, "derived_from": whole.profile, "coefficient_basis": basis.tolist()}},
+        bases=bases,
+        basis_scales=scales,
+        adapter_in=adapter.adapter_in,
+        adapter_out=adapter.adapter_out,
+    )
+    return derived, reduction

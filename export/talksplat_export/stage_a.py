@@ -184,10 +184,16 @@ class Head(nn.Module):
         """``canonical`` [14, N], ``bases`` int8 [14, 21, N] and ``basis_scales`` [14, 21] of a bundle."""
         canonical = np.concatenate([self.rest[name].view(-1, self.count).numpy() for name in GROUPS])
         full = np.concatenate([self.bases[name].view(WEIGHTS, -1, self.count).numpy() for name in GROUPS], axis=1)
-        full = full.transpose(1, 0, 2)  # [14, 21, N]
-        scales = np.ascontiguousarray(np.abs(full).max(-1) / 127)
-        bases = np.rint(full / np.maximum(scales, 1e-30)[..., None]).astype(np.int8)
-        return np.ascontiguousarray(canonical), np.ascontiguousarray(bases), scales.astype(np.float32)
+        return np.ascontiguousarray(canonical), *quantise(full.transpose(1, 0, 2))
+
+
+def quantise(
+    full: Float32,  # [14, 21, N]
+) -> tuple[npt.NDArray[np.int8], Float32]:
+    """``bases`` [14, 21, N] and ``basis_scales`` [14, 21] of a bundle."""
+    scales = np.ascontiguousarray(np.abs(full).max(-1) / 127)
+    bases = np.rint(full / np.maximum(scales, 1e-30)[..., None]).astype(np.int8)
+    return np.ascontiguousarray(bases), scales.astype(np.float32)
 
 
 # --- the fit -----------------------------------------------------------------------------------------------------

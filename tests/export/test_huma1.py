@@ -1,20 +1,24 @@
 """Huma 1's deformation net, its fit, and what linear bases keep of it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import talking_head
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_avatar import make_huma1_avatar
 
 from talksplat import avatar as bundle
-from talksplat import clock, triplanes
+from talksplat import clock, splat, triplanes
 from talksplat.avatar import HEADS, HUMA1_WEIGHTS, KEY, SPEECH_TOKENS, SPEECH_WIDTH, VALUE, WINDOW_TOKENS
-from talksplat_export import _onnx, huma1, huma1_drive, huma1_fit, moonshine
+from talksplat_export import _onnx, huma1, huma1_drive, huma1_fit, moonshine, quality, stage_b
+from talksplat_export.huma1_drive import Huma1Subject
 from talksplat_export.huma1_fit import Heard
+from talksplat_export.recording import Recording
 
 Float32 = npt.NDArray[np.float32]
 
@@ -122,7 +126,7 @@ def test_degraded_audio_has_the_same_length_and_another_sound(speech: Float32) -
 # --- linear bases ------------------------------------------------------------------------------------------------
 
 
-def silent_heard(avatar: bundle.Huma1Avatar, frames: int, speech: float) -> Heard:
+def made_heard(frames: int, speech: float) -> Heard:
     rng = np.random.default_rng(3)
     hidden = rng.normal(size=(1, -(-frames // clock.CHUNK_FRAMES), WINDOW_TOKENS, SPEECH_WIDTH)).astype(np.float16)
     return Heard(hidden, np.full((1, frames), speech, np.float32))
@@ -130,14 +134,14 @@ def silent_heard(avatar: bundle.Huma1Avatar, frames: int, speech: float) -> Hear
 
 def test_driving_an_avatar_gives_the_served_graphs_offsets(repository: Path) -> None:
     avatar = make_huma1_avatar("violet")
-    heard = silent_heard(avatar, 6, 1.0)
+    heard = made_heard(6, 1.0)
     driven = np.stack(list(huma1_drive.drive(avatar, heard, range(6))))
     inputs = {"HIDDEN": heard.hidden[0].astype(np.float32), "TABLE": np.repeat(triplanes.bake(avatar)[None], 2, 0)}
     inputs |= {name.upper(): np.repeat(tensor[None], 2, 0) for name, tensor in avatar.deformation.items()}
     served = _onnx.session(repository / "deformation_huma1" / "1" / "model.onnx").run(None, inputs)[0]
     np.testing.assert_allclose(driven, served.reshape(8, bundle.ATTRIBUTES, -1)[:6], atol=1e-4)
     assert np.ptp(driven, axis=0).max() > 0.01
-    for offsets in huma1_drive.drive(avatar, silent_heard(avatar, 6, 0.05), range(6)):
+    for offsets in huma1_drive.drive(avatar, made_heard(6, 0.05), range(6)):
         assert not offsets.any()
 
 
@@ -151,17 +155,45 @@ def test_offsets_of_a_low_rank_are_kept_whole(rank: int, frames: int, seed: int)
     assert len(reduction.bases) <= rank
     assert reduction.energy == pytest.approx(1, abs=1e-4)
     for frame in range(frames):
-        np.testing.assert_allclose(reduction.offsets(frame), offsets[frame], atol=2e-3 * np.abs(offsets).max())
+        coefficients = reduction.coefficients[frame]
+        np.testing.assert_allclose(reduction.offsets(coefficients), offsets[frame], atol=2e-3 * np.abs(offsets).max())
+        np.testing.assert_allclose(reduction.project(offsets[frame]), coefficients, atol=1e-2)
     used = np.sqrt(np.mean(reduction.coefficients**2, 0))
     np.testing.assert_allclose(used, 1, rtol=1e-3)
 
 
 def test_fewer_bases_keep_less_of_a_made_avatars_motion() -> None:
     avatar = make_huma1_avatar("violet")
-    offsets = np.stack(list(huma1_drive.drive(avatar, silent_heard(avatar, 40, 1.0), range(40))))
+    offsets = np.stack(list(huma1_drive.drive(avatar, made_heard(40, 1.0), range(40))))
     errors = []
     for rank in (1, 5, 20):
         reduction = huma1_drive.reduce(offsets, rank)
-        errors.append(float(np.mean([(reduction.offsets(i) - offsets[i]) ** 2 for i in range(40)])))
+        left = np.stack([reduction.offsets(coefficients) for coefficients in reduction.coefficients])
+        errors.append(float(np.mean((left - offsets) ** 2)))
         assert reduction.bases.shape == (rank, bundle.ATTRIBUTES, avatar.gaussians)
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
+
+
+def test_a_derived_huma2_draws_what_its_huma1_draws(
+    speech: Float32, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as 20 bases keep it: given the projected coefficients, it differs by their quantisation alone."""
+    monkeypatch.setattr(stage_b, "STEPS", 20)
+    tracked, _ = talking_head.make_track(48)
+    paths = talking_head.make(tmp_path, speech, 48, size=64)
+    avatar = replace(make_huma1_avatar("violet"), provenance={"train_frames": 40})
+    subject = Huma1Subject(avatar, Recording(paths["video"], paths["audio"]), tracked, made_heard(48, 1.0))
+    rng = np.random.default_rng(0)
+    heard = stage_b.Heard(rng.normal(size=(40, bundle.FEATURES)).astype(np.float32), np.ones(40, np.float32))
+    derived, reduction = huma1_drive.derive(subject, [heard], 0)
+    assert derived.provenance["derived_from"] == "huma1"
+    assert bundle.read(bundle.write(derived, tmp_path / "avatars").parent, "violet").gaussians == avatar.gaussians
+    kept = huma1_drive.kept_psnr(subject, reduction, range(0, 40, 8))
+    assert min(kept) > 25
+    shapes = splat.Blendshapes(derived.canonical, derived.bases, derived.basis_scales)
+    grey = np.full((64, 64, 3), 128, np.uint8)
+    for frame, offsets in zip((0, 16), huma1_drive.drive(avatar, subject.heard, (0, 16)), strict=True):
+        weights = np.append(reduction.project(offsets), tracked.blink[frame]).astype(np.float32)
+        (linear,) = splat.render_onto([splat.Job(shapes, weights, tracked.viewmats[frame], avatar.K, grey)])
+        full = subject.draw(grey, frame, reduction.offsets(reduction.project(offsets)))
+        assert quality.psnr(full, linear) > 35
