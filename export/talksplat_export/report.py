@@ -204,7 +204,8 @@ def _pictures(subject: Subject, watched: _Watched) -> Iterator[tuple[str, bytes]
     """Titles and JPEGs of test frames: recorded, driven by coefficients, driven by audio."""
     test, track = subject.test, subject.track
     opening, blink = (values[test.start : test.stop] for values in (track.lip_opening, track.blink))
-    order = np.argsort(opening)
+    awake = np.flatnonzero(blink <= max(0.1, float(blink.min())))
+    order = awake[np.argsort(opening[awake])]
     picked = [
         ("Wide open", int(order[-1])),
         ("Half open", int(order[len(order) // 2])),
@@ -260,6 +261,11 @@ def _plot(draw: Draw, theme: str) -> bytes:
     return file.getvalue()
 
 
+def _legend(axes: Axes) -> None:
+    """Above the axes, where it covers nothing."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0)
+
+
 def _loss_curve(axes: Axes, colours: tuple[str, str], losses: Sequence[float]) -> None:
     window = max(len(losses) // 200, 1)
     smooth = np.convolve(losses, np.ones(window) / window, "valid")[:: max(len(losses) // 1000, 1)]
@@ -273,7 +279,7 @@ def _psnr_curve(axes: Axes, colours: tuple[str, str], subject: Subject, psnr: di
         axes.plot(times, values, color=colour, label=f"driven by {DRIVEN_BY[driver]}")
     axes.set_xlabel("seconds")
     axes.set_ylabel("dB")
-    axes.legend(loc="lower right", ncols=2)
+    _legend(axes)
 
 
 def _lip_curve(axes: Axes, colours: tuple[str, str], subject: Subject, lips: Sequence[Float32]) -> None:
@@ -292,7 +298,7 @@ def _lip_curve(axes: Axes, colours: tuple[str, str], subject: Subject, lips: Seq
         axes.plot(times, opening[:shown], color=colour, label=label)
     axes.set_xlabel("seconds")
     axes.set_ylabel("lips apart, pixels")
-    axes.legend(loc="upper right", ncols=3)
+    _legend(axes)
 
 
 _TEMPLATE = jinja2.Environment(

@@ -17,7 +17,7 @@ from scipy.ndimage import find_objects, label
 
 from talksplat import avatar as bundle
 from talksplat import clock
-from talksplat_export import checks, fit, stage_b, track
+from talksplat_export import checks, fit, report, stage_b, track
 from talksplat_export.recording import Recording
 from talksplat_export.track import Detections, Landmarker
 
@@ -280,6 +280,7 @@ def test_a_rotated_video_of_variable_frame_rate_is_fitted_like_any_other(
     upright: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speech: Float32
 ) -> None:
     monkeypatch.setattr(stage_b, "STEPS", 10)
+    monkeypatch.setattr(report, "write", lambda done, *_: done.folder / report.NAME)
     with av.open(str(upright["video"])) as container:
         frames = [np.asarray(frame.to_ndarray(format="rgb24"), np.uint8) for frame in container.decode(video=0)]
     early = np.random.default_rng(0).uniform(0, 0.03, FRAMES)

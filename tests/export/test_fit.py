@@ -24,7 +24,18 @@ import talking_head
 from safetensors.torch import save_file
 
 from talksplat import avatar as bundle
-from talksplat_export import audio_encoder, fit, huma1_fit, plates, quality, splat_torch, stage_a, stage_b, track
+from talksplat_export import (
+    audio_encoder,
+    fit,
+    huma1_fit,
+    plates,
+    quality,
+    report,
+    splat_torch,
+    stage_a,
+    stage_b,
+    track,
+)
 from talksplat_export.recording import Recording
 
 Float32 = npt.NDArray[np.float32]
@@ -65,6 +76,12 @@ def fitted(head: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
         patch.setattr(stage_b, "STEPS", 100)
         assert fit_head(head, folder) == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the fit of `fitted` draws a report: it takes as long as the rest."""
+    monkeypatch.setattr(report, "write", lambda done, *_: done.folder / report.NAME)
 
 
 @pytest.fixture
@@ -337,7 +354,7 @@ def test_a_preview_is_small_and_none_of_its_steps_goes_into_the_fit(
     first = bundle.read(tmp_path / "avatars", "head")
     assert (first.width, first.gaussians, len(first.plates)) == (64, 300, 5)
     assert first.provenance["used_s"] == 10.0
-    assert (tmp_path / "work" / "preview" / "report.html").exists()
+    assert (tmp_path / "work" / "preview" / "steps.json").exists()
     assert fit_head(head, tmp_path) == 0
     second = bundle.read(tmp_path / "avatars", "head")
     assert (second.width, second.gaussians, len(second.plates)) == (96, 400, 10)
