@@ -37,6 +37,7 @@ STILL = 0.5  # seconds without a new frame
 
 # The picture. A face's box is that of its landmarks: brows to chin, ear to ear.
 PROBE_STEP = clock.FPS // 2  # frames from one look to the next
+THOROUGH_LOOKS = 20  # for as many, a face is searched in small parts of the picture
 LOOK_SIZE = 960  # pixels that a picture is reduced to for a look
 HEAD = 2.2  # side of the square that shows head and shoulders, in heights of the face's box
 HEAD_ROOM = 1.25  # squares up to this much larger are taken whole
@@ -215,38 +216,60 @@ def look(recording: Recording, model: Path, advance: Callable[[int], object] = l
         advance: called with the number of looks done.
     """
     rows: list[tuple[float, ...]] = []
+    last: Float32 | None = None  # where the face was
     with Landmarker(model, faces=2) as landmarker:
         for picture in recording.pictures(PROBE_STEP, LOOK_SIZE):
-            rows.append(_seen(picture, landmarker, max(recording.picture) / max(picture.shape)))
+            boxes = _boxes(picture, landmarker, last, thorough=last is None and len(rows) < THOROUGH_LOOKS)
+            if len(boxes):
+                last = boxes[0]
+                heights = boxes[:, 3] - boxes[:, 1]
+                second = heights[1] / heights[0] if len(boxes) > 1 else np.nan
+                left, top, right, bottom = np.rint(last).astype(int).clip(0)
+                scale = max(recording.picture) / max(picture.shape)
+                rows.append((len(boxes), *(last * scale), second, *_measured(picture[top:bottom, left:right])))
+            else:
+                rows.append((0, *(np.nan,) * 8))
             advance(len(rows))
-    table = np.array(rows, np.float32).reshape(-1, 9)
+    table = np.array(rows, np.float32)
     return Looks(
         np.array(recording.picture), table[:, 0].astype(int), table[:, 1:5], *np.ascontiguousarray(table[:, 5:].T)
     )
 
 
-def _seen(picture: Image, landmarker: Landmarker, scale: float) -> tuple[float, ...]:
-    """A row of `Looks`: faces, box, second, sharpness, luma, burnt."""
+def _boxes(picture: Image, landmarker: Landmarker, last: Float32 | None, thorough: bool) -> Float32:
+    """Boxes [F, 4] of the faces in a picture, the largest first.
+
+    The detector misses faces that are small in what it is shown: where it finds none, it is shown parts of the
+    picture, first those around where the face was.
+    """
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    squares = [(x, y, side) for x, y in zip(_places(width, side, 3), _places(height, side, 3), strict=True)]
+    if last is not None:
+        x, y = (last[:2] + last[2:]) / 2
+        near = int(min(3 * (last[3] - last[1]), side))
+        squares.insert(
+            0, (int(min(max(x - near / 2, 0), width - near)), int(min(max(y - near / 2, 0), height - near)), near)
+        )
+    if thorough:
+        half = side // 2
+        squares += [(x, y, half) for y in _places(height, half, 3) for x in _places(width, half, 6)]
     faces = landmarker.every(picture)
-    if not faces:  # the detector misses faces that are small in the picture: look closer
-        height, width = picture.shape[:2]
-        side = min(height, width)
-        for part in range(3):
-            top, left = (height - side) * part // 2, (width - side) * part // 2
-            faces = [
-                face + np.array([left, top]) for face in landmarker.every(picture[top : top + side, left : left + side])
-            ]
-            if faces:
-                break
-    if not faces:
-        return (0, *(np.nan,) * 8)
-    boxes = np.array([[*face.min(0), *face.max(0)] for face in faces])
-    order = np.argsort(boxes[:, 1] - boxes[:, 3])
-    heights = (boxes[:, 3] - boxes[:, 1])[order]
-    first = boxes[order[0]]
-    second = heights[1] / heights[0] if len(heights) > 1 else np.nan
-    left, top, right, bottom = np.rint(first).astype(int).clip(0)
-    return (len(faces), *(first * scale), second, *_measured(picture[top:bottom, left:right]))
+    for x, y, edge in dict.fromkeys(squares):
+        if faces:
+            break
+        part = landmarker.every(picture[y : y + edge, x : x + edge])
+        faces = [face + np.array([x, y], np.float32) for face in part]
+    boxes = np.array([[*face.min(0), *face.max(0)] for face in faces], np.float32).reshape(-1, 4)
+    boxes = boxes[np.argsort(boxes[:, 1] - boxes[:, 3])]
+    overlap = np.minimum(boxes[:, 2:], boxes[:1, 2:]) - np.maximum(boxes[:, :2], boxes[:1, :2])
+    same = overlap.clip(0).prod(1) > 0.5 * (boxes[:, 2:] - boxes[:, :2]).prod(1)  # one face found twice
+    return np.asarray(boxes[~same | (np.arange(len(boxes)) == 0)], np.float32)
+
+
+def _places(length: int, side: int, count: int) -> list[int]:
+    """``count`` starts of parts of a length, from one end to the other."""
+    return [(length - side) * part // (count - 1) for part in range(count)]
 
 
 def _measured(face: Image) -> tuple[float, float, float]:

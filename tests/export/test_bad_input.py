@@ -123,6 +123,31 @@ def test_a_face_beside_the_middle_of_a_wide_picture_is_in_the_square(tmp_path: P
     assert square.left + square.side == 200
 
 
+def test_a_face_that_is_found_twice_is_one(tmp_path: Path, fabricated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = FabricatedLandmarker.every
+    monkeypatch.setattr(FabricatedLandmarker, "every", lambda *a: [face + d for face in once(*a) for d in (0, 2)])
+    talking_head.write_video(tmp_path / "v.mp4", patches((150, 30), frames=50))
+    assert set(checks.look(Recording(tmp_path / "v.mp4"), fabricated).faces) == {1}
+
+
+def test_a_face_that_is_small_in_the_picture_is_searched_in_its_parts(
+    tmp_path: Path, fabricated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = FabricatedLandmarker.every
+
+    def short_sighted(self: FabricatedLandmarker, frame: Image) -> list[Float32]:
+        return [face for face in every(self, frame) if np.ptp(face[:, 1]) > 0.3 * len(frame)]
+
+    monkeypatch.setattr(FabricatedLandmarker, "every", short_sighted)
+    frames = [
+        np.pad(frame, ((60, 60), (0, 200), (0, 0)), constant_values=90) for frame in patches((120, 20), frames=50)
+    ]
+    talking_head.write_video(tmp_path / "v.mp4", frames)
+    looks = checks.look(Recording(tmp_path / "v.mp4"), fabricated)
+    assert set(looks.faces) == {1}
+    np.testing.assert_allclose(looks.boxes[-1], [120, 80, 168, 140], atol=2)
+
+
 def test_tracking_goes_on_where_it_was_interrupted(
     tmp_path: Path, fabricated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
