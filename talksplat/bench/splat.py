@@ -21,6 +21,7 @@ from rich.progress import Progress
 
 from talksplat import avatar as bundle
 from talksplat import splat
+from talksplat.animator import posed
 from talksplat.bench import _head
 from talksplat.bench._report import Row, report
 from talksplat.server import ROOT
@@ -76,9 +77,13 @@ class _Scene:
 
     @classmethod
     def avatar(cls, folder: Path) -> Self:
-        found = bundle.read(folder.parent, folder.name)
-        weights = np.random.default_rng(0).normal(0, 0.5, bundle.WEIGHTS).astype(np.float32)
-        shapes = splat.Blendshapes(found.canonical, found.bases, found.basis_scales)
+        found = bundle.read(folder.parent, folder.name, bundle.AnyAvatar)
+        if isinstance(found, bundle.Avatar):
+            shapes = splat.Blendshapes(found.canonical, found.bases, found.basis_scales)
+        else:
+            assert isinstance(found, bundle.Huma1Avatar)
+            shapes = posed(found, np.zeros_like(found.canonical), 0.0)
+        weights = np.random.default_rng(0).normal(0, 0.5, shapes.rank).astype(np.float32)
         return cls(found.id, splat.blend(shapes, weights), found.viewmats[0], found.K, found.width)
 
 

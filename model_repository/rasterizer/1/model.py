@@ -77,17 +77,18 @@ class TritonPythonModel:
 
 def _warm_up_huma1(avatar_id: str) -> None:
     """Have the other processes of the profile bake the avatar's table and run the net once."""
+
+    def ask(model: str, inputs: list[Any], outputs: list[str]) -> list[Any]:
+        request = pb_utils.InferenceRequest(model_name=model, inputs=inputs, requested_output_names=outputs)
+        answer = request.exec()
+        if answer.has_error():
+            raise BundleError(answer.error().message())
+        return list(answer.output_tensors())
+
     name = pb_utils.Tensor("AVATAR", np.array([[avatar_id.encode()]], np.object_))
-    outputs = ["TABLE", *(weights.upper() for weights in HUMA1_WEIGHTS)]
-    baked = pb_utils.InferenceRequest(model_name="avatar_huma1", inputs=[name], requested_output_names=outputs).exec()
-    if baked.has_error():
-        raise BundleError(baked.error().message())
+    baked = ask("avatar_huma1", [name], ["TABLE", *(weights.upper() for weights in HUMA1_WEIGHTS)])
     silence = pb_utils.Tensor("HIDDEN", np.zeros((1, WINDOW_TOKENS, SPEECH_WIDTH), np.float32))
-    pb_utils.InferenceRequest(
-        model_name="deformation_huma1",
-        inputs=[silence, *baked.output_tensors()],
-        requested_output_names=["OFFSETS"],
-    ).exec()
+    ask("deformation_huma1", [silence, *baked], ["OFFSETS"])
 
 
 def _chunks(request: Any, options: Options) -> list[Chunk]:
