@@ -416,14 +416,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--preview", action="store_true", help="a first avatar in minutes: small, of the first minute")
     parser.add_argument("--work", type=Path, help="folder for what the steps leave (default: runs/ID)")
     parser.add_argument("--about", default="", help="where the recording comes from, kept in the bundle")
-    parser.add_argument("--train-seconds", type=float, help="that are fitted to (default: 150, less of a short one)")
+    parser.add_argument(
+        "--train-seconds", type=float, metavar="N", help="that are fitted to (default: 150, less of a short recording)"
+    )
     whole, first = Settings(), PREVIEW
 
     def setting(name: str, text: str = "") -> None:
         default, preview = getattr(whole, name), getattr(first, name)
         shown = f"{default}, {preview} with --preview" if preview != default else f"{default}"
         option = f"--{name.replace('max_', '')}"
-        parser.add_argument(option, type=type(default), dest=name, help=f"{text}default: {shown}")
+        kind = type(default)
+        parser.add_argument(option, type=kind, dest=name, metavar="N", help=f"{text}default: {shown}")
 
     parser.add_argument(
         "--profile", choices=list(PROFILES), default=Settings.profile, help="the generation; default: %(default)s"
@@ -469,7 +472,8 @@ def _sentence(error: Exception, work: Path) -> str | None:
     words = str(error)
     full = "PytorchStreamWriter failed" in words or (isinstance(error, OSError) and error.errno == errno.ENOSPC)
     if full:
-        free = shutil.disk_usage(work).free / 1e9
+        there = next(folder for folder in (work, *work.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(there).free / 1e9
         return (
             f"The disk is full: {free:.1f} GB are free at {work}, a fit needs 3 GB for a while. Make room, or name a "
             "folder on another disk with --work. No half bundle was written; the same command goes on from here."
