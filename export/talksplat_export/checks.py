@@ -95,7 +95,12 @@ class Finding:
     spans: tuple[tuple[float, float], ...] = ()  # seconds: begin and end; none: throughout
 
     def __str__(self) -> str:
-        return f"{self.sentence[:-1]} ({times(self.spans)})." if self.spans else self.sentence
+        return f"{self.sentence[:-1]} ({self.when})." if self.spans else self.sentence
+
+    @property
+    def when(self) -> str:
+        """Its time stamps in words."""
+        return times(self.spans) if self.spans else "the whole recording"
 
 
 class RefusedError(RecordingError):
