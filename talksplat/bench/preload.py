@@ -31,16 +31,16 @@ def run(arguments: argparse.Namespace) -> int:
         for avatar in bundle.available(server.avatars):
             cold, warm = [], []
             for _ in range(COLD):
-                _operate(client, "unload", avatar)
-                cold.append(_operate(client, "preload", avatar))
+                operate(client, "unload", avatar)
+                cold.append(operate(client, "preload", avatar))
             for _ in range(WARM):
-                warm.append(_operate(client, "preload", avatar))
+                warm.append(operate(client, "preload", avatar))
             rows.append({"avatar": avatar, "cold_ms": max(cold), "warm_ms": float(np.median(warm))})
     report("preload", rows, arguments.json)
     return 0
 
 
-def _operate(client: triton.InferenceServerClient, operation: str, avatar: str) -> float:
+def operate(client: triton.InferenceServerClient, operation: str, avatar: str) -> float:
     """Milliseconds that the operation took."""
     name = triton.InferInput("AVATAR", [1, 1], "BYTES")
     name.set_data_from_numpy(np.array([[avatar.encode()]], np.object_))
