@@ -40,8 +40,10 @@ WORST = 2  # frames shown for having the lowest PSNR
 FIGURES = {  # of a row of `quality`: words, unit, how many decimals
     "face_psnr_db": ("Face, PSNR", "dB", 1),
     "mouth_psnr_db": ("Mouth, PSNR", "dB", 1),
+    "full_psnr_db": ("Whole frame, PSNR", "dB", 1),
     "ssim": ("Face, SSIM", "", 3),
     "landmark_px": ("Mouth landmarks, mean distance", "px", 2),
+    "truth_px": ("Mouth landmarks, distance from the truth", "px", 2),
     "lip_r": ("Lip opening, correlation", "", 3),
     "lip_lag_frames": ("Lip opening, lag", "frames", 0),
     "silence_std_pct": ("Lips in silence, standard deviation", "% of range", 1),
@@ -110,6 +112,7 @@ def write(
         figures=[
             (words, unit, [_figure(row[name], decimals) for row in rows])
             for name, (words, unit, decimals) in FIGURES.items()
+            if rows[0].get(name) is not None
         ],
         measured_by=rows[0]["measured_by"],
         video=_data("video/mp4", _video(watched)),
