@@ -60,14 +60,14 @@ def frame_weights(track: Track, basis: Float32) -> Float32:  # [C, 20] -> [T, 21
 # --- cameras and landmarks ---------------------------------------------------------------------------------------
 
 
-def project(points: Float32 | Float64, viewmat: Float32, K: Float32) -> Float64:  # noqa: N803
+def project(points: Float32 | Float64, viewmat: Float32 | Float64, K: Float32 | Float64) -> Float64:  # noqa: N803
     """Points [..., 3] of the head frame -> pixels and depth [..., 3]."""
     seen = points.astype(np.float64) @ viewmat[:3, :3].T + viewmat[:3, 3]
     pixels = seen[..., :2] / seen[..., 2:] * [K[0, 0], K[1, 1]] + [K[0, 2], K[1, 2]]
     return np.concatenate([pixels, seen[..., 2:]], -1)
 
 
-def unproject(pixels: Float64, depth: Float64, viewmat: Float32, K: Float32) -> Float64:  # noqa: N803
+def unproject(pixels: Float64, depth: Float64, viewmat: Float32 | Float64, K: Float32 | Float64) -> Float64:  # noqa: N803
     """Pixels [..., 2] at depths [...] -> points [..., 3] of the head frame."""
     rays = (pixels - [K[0, 2], K[1, 2]]) / [K[0, 0], K[1, 1]]
     seen = np.concatenate([rays, np.ones_like(rays[..., :1])], -1) * depth[..., None]

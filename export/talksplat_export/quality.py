@@ -2,24 +2,29 @@
 
 Every frame of the test split (what follows the frames that the avatar was fitted to) is drawn as it is served
 (`talksplat.splat.render_onto`, fast mode) with the recording's own head pose and blink, over the recorded frame as its
-plate, and compared with the recorded frame. Two rows: ``driven_by`` "coefficients" takes what the track says the mouth
-does; "audio" takes what the audio encoder, the avatar's adapter and the voice activity's gate make of the sound.
+plate, and compared with the recorded frame; so poses, blinks and plates come from the test frames in every row. Two
+rows: ``driven_by`` "coefficients" takes what the track says the mouth does, "audio" nothing but what the audio
+encoder, the avatar's adapter and the voice activity's gate make of the sound.
 
 ====================== ================================================================================================
 ``face_psnr_db``       peak signal-to-noise ratio in the face crop, mean of all frames; the crop is the box around all
                        landmarks, brows to chin, in all test frames
 ``mouth_psnr_db``      the same in the box around all landmarks of the mouth in all test frames, 4 pixels wider
+``full_psnr_db``       the same of the whole frame, to most of which the plate contributes
 ``ssim``               structural similarity of the face crop, mean of all frames
 ``landmark_px``        mean distance of the mouth's landmarks in drawn and recorded frame, in pixels of the frame
+``truth_px``           where the track is ground truth and a FaceLandmarker measures: mean distance of the mouth's
+                       landmarks in the drawn frame from the true ones (20 points; by how much FaceLandmarker's idea of
+                       each point differs from the truth's on average, in the recorded frames, is taken off), else null
 ``lip_r``              correlation of the lips' opening over time in drawn and recorded frames
 ``lip_lag_frames``     by how many frames the drawn lips lag where that correlation is largest (-5 to 5)
 ``silence_std_pct``    standard deviation of the drawn lips' opening in silence, in percent of the recorded opening's
                        range (2nd to 98th percentile); silence is where the voice activity stayed below 0.1
 ====================== ================================================================================================
 
-With a FaceLandmarker model (``measured_by`` "mediapipe") the last four are measured on pixels: the tracker looks at
-drawn and recorded frames alike. Without one ("regression"), drawn landmarks are those that the frame's weights give by
-a regression of the track's landmarks on the weights of the frames fitted to; recorded ones are the track's.
+With a FaceLandmarker model (``measured_by`` "mediapipe") landmarks and lips are measured on pixels: the tracker looks
+at drawn and recorded frames alike. Without one ("regression"), drawn landmarks are those that the frame's weights give
+by a regression of the track's landmarks on the weights of the frames fitted to; recorded ones are the track's.
 """
 
 from __future__ import annotations
@@ -51,6 +56,8 @@ from talksplat_export.stage_b import Adapter, Heard
 from talksplat_export.track import LAYOUTS, Landmarker, Track, TrackError, lip_opening
 
 MOUTH_MARGIN = 4  # pixels
+# Of FaceLandmarker's 478 points, those that are nearest to points 48 to 67 of the 68.
+MOUTH_OF_68 = (61, 40, 37, 0, 267, 270, 291, 321, 314, 17, 84, 91, 78, 81, 13, 311, 308, 402, 14, 178)
 DRIVERS = ("coefficients", "audio")
 LAGS = range(-5, 6)
 SHARPEST = 60.0  # dB at which a frame counts as equal
@@ -147,12 +154,13 @@ def measure(
     test, layout = subject.test, subject.track.layout
     face = subject.box((*layout.brows, *layout.jaw, *layout.mouth))
     mouth = subject.box(layout.mouth, MOUTH_MARGIN)
-    face_db, mouth_db, similarity, found = [], [], [], []
+    face_db, mouth_db, full_db, similarity, found = [], [], [], [], []
     for index, recorded in zip(test, subject.recording.frames(test.start, test.stop), strict=True):
         drawn = draw(recorded, index)
         observe(index, recorded, drawn)
         face_db.append(psnr(recorded[face], drawn[face]))
         mouth_db.append(psnr(recorded[mouth], drawn[mouth]))
+        full_db.append(psnr(recorded, drawn))
         similarity.append(splat.ssim(_floats(recorded[face]), _floats(drawn[face]), threads=1))
         if landmarker is not None:
             found.append((landmarker(recorded), landmarker(drawn)))
@@ -177,14 +185,32 @@ def measure(
         "driven_by": driven_by,
         "face_psnr_db": round(float(np.mean(face_db)), 2),
         "mouth_psnr_db": round(float(np.mean(mouth_db)), 2),
+        "full_psnr_db": round(float(np.mean(full_db)), 2),
         "ssim": round(float(np.mean(similarity)), 4),
         "landmark_px": round(float(np.linalg.norm((truth - drawn_at)[:, lips], axis=-1).mean()), 2),
+        "truth_px": _from_truth(subject, truth, drawn_at, seen) if landmarker is not None else None,
         "lip_r": round(correlations[LAGS.index(0)], 3),
         "lip_lag_frames": LAGS[int(np.argmax(correlations))],
         "silence_std_pct": round(100 * float(drawn_opening[silent].std()) / spread, 2) if silent.any() else None,
         "frames": len(face_db),
         "measured_by": "regression" if landmarker is None else "mediapipe",
     }
+
+
+def _from_truth(
+    subject: Comparison,
+    recorded: Float32,  # [F, 478, 2] as FaceLandmarker sees the recorded frames
+    drawn: Float32,  # [F, 478, 2] the drawn frames
+    seen: npt.NDArray[np.bool_],  # [test frames] which those are
+) -> float | None:
+    """Mean distance in pixels of the drawn mouth's landmarks from the true ones; None where these are not known."""
+    known = subject.track.landmarks
+    if known.shape[1] != 68:
+        return None
+    truth = known[subject.test.start : subject.test.stop][seen][:, list(LAYOUTS[68].mouth)]
+    recorded, drawn = recorded[:, MOUTH_OF_68], drawn[:, MOUTH_OF_68]
+    bias = (recorded - truth).mean(0)
+    return round(float(np.linalg.norm(drawn - bias - truth, axis=-1).mean()), 2)
 
 
 def _floats(image: Image) -> Float32:

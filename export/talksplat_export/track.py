@@ -34,6 +34,7 @@ LANDMARKER_URL = (
 )
 LANDMARKER_SHA256 = "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff"
 MEDIAPIPE_FOV_DEG = 63.0  # vertical field of view that FaceLandmarker assumes for its pose
+PORTRAIT_FOV_DEG = 25.0  # of a square around a head, which no camera sees from as near as FaceLandmarker assumes
 CENTIMETRE = 0.01  # both sources measure in centimetres
 
 # The synthetic subject's camera and neck, in its mesh's units (centimetres, +y up, +z towards the camera).
@@ -43,6 +44,7 @@ SUBJECT_PIVOT = (0.0, -8.0, -3.0)
 MOUTH_BLENDSHAPES = ("jaw", "mouth", "cheekPuff", "tongue")  # prefixes of ARKit's names
 BLINK_BLENDSHAPES = ("eyeBlinkLeft", "eyeBlinkRight")
 BLENDSHAPES = 52  # FaceLandmarker's
+STEADY_ORDER = 2  # of the polynomial that a pose follows within a fifth of a second
 MAX_MISSING = 0.2  # of the frames may be without a face
 KEEP_SECONDS = 30.0  # of tracking between two writes of what was found
 
@@ -192,17 +194,21 @@ def find(
     advance: Callable[[int], object] = lambda done: None,
     kept: Path | None = None,
 ) -> Track:
-    """Read the ground truth in ``source``, or track with the FaceLandmarker ``model``.
+    """Read the ground truth in ``source``, or track with the FaceLandmarker ``model`` and refine the poses.
 
     Args:
-        advance, kept: see `detect`.
+        advance: called with the number of frames done; detection is one half of a frame, refinement the other.
+        kept: see `detect`.
 
     Raises:
         TrackError: see `from_ground_truth` and `from_mediapipe`.
     """
     if source is not None:
         return from_ground_truth(source, recording)
-    return from_mediapipe(recording, landmarker_file(model), advance, kept)
+    from talksplat_export import registration  # which builds on this module
+
+    tracked = from_mediapipe(recording, landmarker_file(model), lambda done: advance(done // 2), kept)
+    return registration.refine(recording, tracked, lambda done: advance((len(tracked) + done) // 2))
 
 
 def from_ground_truth(path: Path, recording: Recording) -> Track:
@@ -238,6 +244,7 @@ def from_ground_truth(path: Path, recording: Recording) -> Track:
     frames = recording.length
     arrays = {name: array[:frames] for name, array in arrays.items()}
 
+    assert recording.square is not None
     size = recording.size
     focal = size / (2 * np.tan(np.radians(SUBJECT_FOV_DEG / 2)))
     turn = rotation_zyx(np.radians(arrays["head_pose_deg"].astype(np.float64)))
@@ -254,7 +261,7 @@ def from_ground_truth(path: Path, recording: Recording) -> Track:
         blink=arrays["eye_blink"],
         viewmats=viewmats.astype(np.float32),
         K=np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]], np.float32),
-        landmarks=arrays["landmarks68_px"],
+        landmarks=arrays["landmarks68_px"] * np.float32(size / recording.square.side),
         seen=np.ones(frames, bool),
         source=f"ground truth {path.name}",
     )
@@ -436,7 +443,7 @@ def from_mediapipe(
 ) -> Track:
     """Track with FaceLandmarker.
 
-    The pose is steadied over 5 frames (a head moves slower than the tracker trembles). Since blendshape scores are
+    The poses are the tracker's own, steadied; `registration.refine` makes them exact. Since blendshape scores are
     weak on pressed lips, the lips' distance and the mouth's width from the landmarks join them.
 
     Args:
@@ -463,12 +470,11 @@ def from_mediapipe(
     pose = fill(found.poses)
 
     viewmats = np.diag([1.0, -1.0, -1.0, 1.0]) @ pose
-    window = min(5, frames - (frames + 1) % 2)
-    if window >= 5:
-        viewmats[:, :3] = savgol_filter(median_filter(viewmats[:, :3], (3, 1, 1)), window, 2, axis=0)
-    u, _, vt = np.linalg.svd(viewmats[:, :3, :3])
-    viewmats[:, :3, :3] = u @ vt
     viewmats[:, :3, 3] *= CENTIMETRE
+    narrower = np.tan(np.radians(PORTRAIT_FOV_DEG / 2)) / np.tan(np.radians(MEDIAPIPE_FOV_DEG / 2))
+    viewmats[:, 2, 3] /= narrower  # farther away through a longer lens, of the same size
+    viewmats[:, :3] = median_filter(viewmats[:, :3], (3, 1, 1))
+    viewmats = steadied(viewmats)
 
     layout = LAYOUTS[landmarks.shape[1]]
     left, right = (landmarks[:, list(eye)].mean(1) for eye in layout.eyes)
@@ -479,7 +485,7 @@ def from_mediapipe(
     expression = np.concatenate([scores, opening[:, None] * 3, width[:, None]], 1)
     expression -= _rest(expression, opening)
     low, high = np.percentile(blink, [20, 99.5])
-    focal = recording.size / (2 * np.tan(np.radians(MEDIAPIPE_FOV_DEG / 2)))
+    focal = recording.size / (2 * np.tan(np.radians(PORTRAIT_FOV_DEG / 2)))
     return Track(
         expression=expression.astype(np.float32),
         blink=np.clip((blink - low) / max(high - low, 1e-3), 0, 1).astype(np.float32),
@@ -489,6 +495,17 @@ def from_mediapipe(
         seen=found.seen,
         source="mediapipe FaceLandmarker",
     )
+
+
+def steadied(viewmats: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:  # [T, 4, 4]
+    """Smoothed over a fifth of a second: a head moves slower than what tracks it trembles."""
+    smooth = viewmats.copy()
+    window = min(clock.FPS // 5, len(viewmats) - (len(viewmats) + 1) % 2)
+    if window > STEADY_ORDER:
+        smooth[:, :3] = savgol_filter(viewmats[:, :3], window, STEADY_ORDER, axis=0)
+    u, _, vt = np.linalg.svd(smooth[:, :3, :3])
+    smooth[:, :3, :3] = u @ vt
+    return smooth
 
 
 def _rest(expression: npt.NDArray[np.float64], opening: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
