@@ -12,6 +12,7 @@ gate on its output. So silence is the canonical face.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
@@ -395,7 +396,7 @@ def descend(
     checkpoint: Path,
     advance: Callable[[int], object],
 ) -> list[float]:
-    """Adam with falling rates; goes on from ``checkpoint`` where there is one, and saves there every minute."""
+    """Adam with falling rates; saves to ``checkpoint`` every minute, and goes on from there if it can be read."""
     groups = head.groups()
     optimizer = torch.optim.Adam(
         [{"params": groups[name], "lr": rate} for name, rate in rates.items()],
@@ -404,8 +405,10 @@ def descend(
         fused=True,
     )
     losses: list[float] = []
-    if checkpoint.exists():
+    state = None
+    with contextlib.suppress(Exception):  # whatever zipfile, pickle and PyTorch say to a missing or damaged file
         state = torch.load(checkpoint, weights_only=True)
+    if state is not None:
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
         losses = state["losses"]
@@ -439,7 +442,7 @@ def _save(state: object, path: Path) -> None:
 
 
 def _resting(track: Track, targets: Float32) -> npt.NDArray[np.float64]:
-    """The probability of each frame in the static fit: those nearest to rest, alike."""
+    """The probability of each frame in the static fit: those nearest to rest, alike; never one without a face."""
     away = np.linalg.norm(targets, axis=1) + 10 * track.blink
-    rest = away <= np.percentile(away, REST_PERCENTILE)
+    rest = (away <= np.percentile(away[track.seen], REST_PERCENTILE)) & track.seen
     return np.asarray(rest / rest.sum(), np.float64)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,11 @@ from talksplat_export.huma1_fit import Heard
 from talksplat_export.recording import Recording
 
 Float32 = npt.NDArray[np.float32]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)  # as the commands do: two that wait for each other are slower on a busy machine
 
 
 # --- the net -----------------------------------------------------------------------------------------------------
@@ -121,6 +127,57 @@ def test_degraded_audio_has_the_same_length_and_another_sound(speech: Float32) -
     assert one.shape == audio.shape
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - audio).max() > 0.01 < np.abs(one - other).max()
+
+
+# --- descending --------------------------------------------------------------------------------------------------
+
+
+def small_head() -> huma1_fit.Head:
+    canonical = np.random.default_rng(0).normal(size=(bundle.ATTRIBUTES, 6)).astype(np.float32)
+    return huma1_fit.Head(canonical, np.zeros((3, 6), np.float32), 0)
+
+
+def test_an_interrupted_descent_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    speech = torch.randn(2, SPEECH_TOKENS, SPEECH_WIDTH, generator=torch.Generator().manual_seed(0))
+
+    def descend(steps: int, path: Path, stop_at: int | None = None) -> tuple[huma1_fit.Head, list[float]]:
+        head = small_head()
+
+        def loss_at(step: int) -> torch.Tensor:
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return (head.offsets(speech[step % 2][None]) - 0.01).square().mean()
+
+        return head, huma1_fit.descend(head, huma1_fit.RATES, steps, loss_at, path, lambda _: None)
+
+    straight, losses = descend(8, tmp_path / "straight.pt")
+    with pytest.raises(KeyboardInterrupt):
+        descend(8, tmp_path / "cut.pt", stop_at=4)
+    resumed, again = descend(8, tmp_path / "cut.pt")
+    assert again == losses
+    assert losses[-1] < losses[0]
+    for name, tensor in straight.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor, rtol=0, atol=0)
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 and nothing more")
+    assert descend(8, tmp_path / "cut.pt")[1] == losses
+
+
+def test_a_head_at_rest_is_its_canonical_gaussians() -> None:
+    head = small_head()
+    means, quats, scales, opacities, colors = head(None, torch.zeros(1))
+    canonical = head.tensors()["canonical"]
+    np.testing.assert_allclose(means[0].detach().numpy().T, canonical[:3])
+    np.testing.assert_allclose(quats[0].detach().numpy().T, canonical[3:7])
+    np.testing.assert_allclose(scales[0].detach().numpy().T, np.exp(canonical[7:10]), rtol=1e-5)
+    np.testing.assert_allclose(opacities[0].detach().numpy(), 1 / (1 + np.exp(-canonical[10])), rtol=1e-5)
+    np.testing.assert_allclose(colors[0].detach().numpy().T, canonical[11:])
+
+
+def test_a_heads_table_is_the_one_that_is_baked_from_its_bundle() -> None:
+    head = small_head()
+    fitted: dict[str, Any] = head.tensors()
+    avatar = replace(make_huma1_avatar("violet", gaussians=6), **fitted)
+    np.testing.assert_allclose(triplanes.bake(avatar), head.table().detach().numpy(), atol=2e-3)  # planes are halves
 
 
 # --- linear bases ------------------------------------------------------------------------------------------------
