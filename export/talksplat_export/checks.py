@@ -46,9 +46,9 @@ SMALL_FACE, TINY_FACE = 100, 40  # pixels high in the recording: warned about, r
 MAX_SECOND = 0.05  # of the looks may show a second face
 SECOND_FACE = 0.4  # of the height of the first, from which on a second face is another person nearby
 FACE_WIDTH = 160  # pixels at which sharpness is measured
-BLURRED = 0.035  # sharpness below it: nothing finer than a fiftieth of the face is left
+BLURRED = 0.035  # sharpness below it; a face out of focus by a fiftieth of its height has it
 BLURRED_NOW = 0.6  # of the usual sharpness: a face that moves or is out of focus for a moment
-DARK, BRIGHT = 50.0, 215.0  # mean luma of a face
+DARK, BRIGHT = 40.0, 215.0  # mean luma of a face, of whatever skin
 BURNT = 0.08  # of a face's pixels may be pure white
 EXPOSURE = 0.25  # by which the light on the face may change, relative to its median
 
@@ -152,7 +152,7 @@ def of_file(recording: Recording) -> list[Finding]:
         )
     if seconds < SHORTEST:
         found.append(Finding(Severity.REFUSAL, f"The recording is {seconds:.1f} s long: {SHORTEST:.0f} s are needed."))
-    elif seconds < SHORT:
+    elif round(seconds) < SHORT:
         found.append(
             Finding(
                 Severity.WARNING,
