@@ -1,11 +1,18 @@
 """The torch wrapper: the same images and gradients, through autograd."""
 
+import inspect
+import sys
+import types
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from talksplat import splat
 from talksplat.bench._head import camera, head
+from talksplat.splat import reference
 from talksplat_export import splat_torch
 
 
@@ -79,3 +86,119 @@ def test_gradients_that_do_not_exist_are_refused() -> None:
     image = torch.rand(20, 20, 3, requires_grad=True)
     with pytest.raises(ValueError, match="`b` requires a gradient"):
         splat_torch.ssim(image, image)
+
+
+# --- what happens on a GPU, as far as a CPU can tell ---------------------------------------------------------------
+
+
+@pytest.fixture
+def gsplat_by_the_core(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A module ``gsplat`` that draws each scene of a batch with the core, and keeps what it was asked for."""
+    asked: list[dict[str, Any]] = []
+
+    def rasterization(
+        means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor,
+        Ks: Tensor, width: int, height: int, **options: Any,  # noqa: N803
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:  # fmt: skip
+        asked.append(options)
+        frames, count = len(means), means.shape[1]
+        assert means.shape == scales.shape == colors.shape == (frames, count, 3)
+        assert (quats.shape, opacities.shape) == ((frames, count, 4), (frames, count))
+        assert (viewmats.shape, Ks.shape) == ((frames, 1, 4, 4), (frames, 1, 3, 3))
+        behind = options["backgrounds"]
+        drawn = splat_torch.rasterization(
+            means, quats, scales, opacities, colors, viewmats[:, 0], Ks[:, 0], width, height,
+            backgrounds=None if behind is None else behind[:, 0],
+        )  # fmt: skip
+        return drawn[0][:, None], drawn[1][:, None], {}
+
+    module = types.ModuleType("gsplat")
+    module.rasterization = rasterization  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "gsplat", module)
+    return asked
+
+
+@pytest.mark.parametrize("frames", [None, 1, 3])
+@pytest.mark.parametrize("shared", [True, False])
+def test_gsplat_gets_scenes_with_one_camera_each(
+    frames: int | None, shared: bool, gsplat_by_the_core: list[dict[str, Any]]
+) -> None:
+    g, (view, K) = head(60), camera(32, 24)  # noqa: N806
+    gaussians: Any = [torch.tensor(a) for a in g]
+    views, cameras, behind = torch.tensor(view), torch.tensor(K), torch.tensor([0.1, 0.2, 0.3])
+    if frames is not None:
+        views = views.repeat(frames, 1, 1)
+        views[:, 0, 3] = 0.05 * torch.arange(frames)
+        if not shared:
+            gaussians = [a.expand(frames, *a.shape).contiguous() for a in gaussians]
+            cameras, behind = cameras.repeat(frames, 1, 1), behind.repeat(frames, 1)
+    for backgrounds in (None, behind):
+        got = splat_torch._gsplat(*gaussians, views, cameras, 32, 24, backgrounds)
+        want = splat_torch.rasterization(*gaussians, views, cameras, 32, 24, backgrounds=backgrounds)
+        for one, other in zip(got, want, strict=True):
+            assert torch.equal(one, other)
+    for options in gsplat_by_the_core:
+        assert (options["near_plane"], options["eps2d"]) == (reference.NEAR, reference.LOW_PASS)
+        assert options["rasterize_mode"] == "classic"
+
+
+def test_numbers_of_frames_that_differ_are_refused(gsplat_by_the_core: list[dict[str, Any]]) -> None:
+    g, (view, K) = head(10), camera(32, 32)  # noqa: N806
+    means = torch.tensor(g.means)
+    rest: Any = [torch.tensor(a) for a in g[1:]]
+    views = torch.tensor(view).repeat(2, 1, 1)
+    with pytest.raises(ValueError, match=r"different numbers of frames: \[2, 3\]"):
+        splat_torch._gsplat(means.expand(3, 10, 3), *rest, views, torch.tensor(K), 32, 32, None)
+
+
+def test_a_gpu_without_gsplat_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gsplat", None)
+    g, (view, K) = head(10), camera(32, 32)  # noqa: N806
+    elsewhere: Any = [torch.tensor(a, device="meta") for a in (*g, view, K)]
+    with pytest.raises(splat_torch.DeviceError, match=r"needs gsplat .* --device cpu"):
+        splat_torch.rasterization(*elsewhere, 32, 32)
+
+
+def test_tensors_on_different_devices_are_refused() -> None:
+    here, there = torch.rand(20, 20, 3), torch.rand(20, 20, 3, device="meta")
+    with pytest.raises(splat_torch.DeviceError, match="cpu, meta"):
+        splat_torch.ssim(here, there)
+
+
+@pytest.mark.parametrize("shape", [(30, 25, 3), (2, 24, 24, 3)])
+def test_the_ssim_of_gpus_is_that_of_the_kernel(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.random(shape, np.float32), rng.random(shape, np.float32)
+    leaf = torch.tensor(a, requires_grad=True)
+    value = splat_torch._convolved_ssim(leaf, torch.tensor(b), 1.0)
+    value.backward()  # type: ignore[no-untyped-call]
+    want, gradient = splat.ssim_with_gradient(a, b)
+    assert value.item() == pytest.approx(want, abs=1e-5)
+    assert leaf.grad is not None
+    np.testing.assert_allclose(leaf.grad.numpy(), gradient, atol=1e-6)
+
+
+def test_the_pinned_gsplat_takes_what_it_is_given() -> None:
+    gsplat = pytest.importorskip("gsplat", reason="the extra gpu is not installed")
+    known = inspect.signature(gsplat.rasterization).parameters
+    names = ["means", "quats", "scales", "opacities", "colors", "viewmats", "Ks", "width", "height"]
+    assert list(known)[:9] == names
+    assert {"near_plane", "eps2d", "packed", "backgrounds", "render_mode", "rasterize_mode"} <= set(known)
+
+
+def test_gsplat_projects_as_the_oracle_does() -> None:
+    """By gsplat's own PyTorch reference of its projection, which needs no CUDA."""
+    impl = pytest.importorskip("gsplat.cuda._torch_impl", reason="the extra gpu is not installed")
+    g, (view, K) = head(40), camera(64, 48)  # noqa: N806
+    covars, _ = impl._quat_scale_to_covar_preci(torch.tensor(g.quats), torch.tensor(g.scales), True, False)
+    _, centres, depths, conics, _ = impl._fully_fused_projection(
+        torch.tensor(g.means), covars, torch.tensor(view)[None], torch.tensor(K)[None], 64, 48,
+        eps2d=splat_torch.LOW_PASS, near_plane=splat_torch.NEAR,
+    )  # fmt: skip
+    order = torch.argsort(depths[0], stable=True).numpy()
+    found = reference._front_to_back(g, view, K, 64, 48)
+    assert len(found) == len(order)
+    for index, (centre, covariance, _, _) in zip(order, found, strict=True):
+        np.testing.assert_allclose(centres[0, index].numpy(), centre, rtol=1e-4)
+        a, b, c = conics[0, index].tolist()
+        np.testing.assert_allclose([[a, b], [b, c]], np.linalg.inv(covariance), rtol=2e-3, atol=1e-5)
