@@ -91,6 +91,11 @@ def test_gradients_that_do_not_exist_are_refused() -> None:
 # --- what happens on a GPU, as far as a CPU can tell ---------------------------------------------------------------
 
 
+# As they are called here, with arguments in lists, mypy can't follow.
+RASTERIZATION: Any = splat_torch.rasterization
+GSPLAT: Any = splat_torch._gsplat
+
+
 @pytest.fixture
 def gsplat_by_the_core(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """A module ``gsplat`` that draws each scene of a batch with the core, and keeps what it was asked for."""
@@ -106,7 +111,7 @@ def gsplat_by_the_core(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         assert (quats.shape, opacities.shape) == ((frames, count, 4), (frames, count))
         assert (viewmats.shape, Ks.shape) == ((frames, 1, 4, 4), (frames, 1, 3, 3))
         behind = options["backgrounds"]
-        drawn = splat_torch.rasterization(
+        drawn = RASTERIZATION(
             means, quats, scales, opacities, colors, viewmats[:, 0], Ks[:, 0], width, height,
             backgrounds=None if behind is None else behind[:, 0],
         )  # fmt: skip
@@ -124,7 +129,7 @@ def test_gsplat_gets_scenes_with_one_camera_each(
     frames: int | None, shared: bool, gsplat_by_the_core: list[dict[str, Any]]
 ) -> None:
     g, (view, K) = head(60), camera(32, 24)  # noqa: N806
-    gaussians: Any = [torch.tensor(a) for a in g]
+    gaussians = [torch.tensor(a) for a in g]
     views, cameras, behind = torch.tensor(view), torch.tensor(K), torch.tensor([0.1, 0.2, 0.3])
     if frames is not None:
         views = views.repeat(frames, 1, 1)
@@ -133,8 +138,8 @@ def test_gsplat_gets_scenes_with_one_camera_each(
             gaussians = [a.expand(frames, *a.shape).contiguous() for a in gaussians]
             cameras, behind = cameras.repeat(frames, 1, 1), behind.repeat(frames, 1)
     for backgrounds in (None, behind):
-        got = splat_torch._gsplat(*gaussians, views, cameras, 32, 24, backgrounds)
-        want = splat_torch.rasterization(*gaussians, views, cameras, 32, 24, backgrounds=backgrounds)
+        got = GSPLAT(*gaussians, views, cameras, 32, 24, backgrounds)
+        want = RASTERIZATION(*gaussians, views, cameras, 32, 24, backgrounds=backgrounds)
         for one, other in zip(got, want, strict=True):
             assert torch.equal(one, other)
     for options in gsplat_by_the_core:
@@ -145,18 +150,18 @@ def test_gsplat_gets_scenes_with_one_camera_each(
 def test_numbers_of_frames_that_differ_are_refused(gsplat_by_the_core: list[dict[str, Any]]) -> None:
     g, (view, K) = head(10), camera(32, 32)  # noqa: N806
     means = torch.tensor(g.means)
-    rest: Any = [torch.tensor(a) for a in g[1:]]
+    rest = [torch.tensor(a) for a in g[1:]]
     views = torch.tensor(view).repeat(2, 1, 1)
     with pytest.raises(ValueError, match=r"different numbers of frames: \[2, 3\]"):
-        splat_torch._gsplat(means.expand(3, 10, 3), *rest, views, torch.tensor(K), 32, 32, None)
+        GSPLAT(means.expand(3, 10, 3), *rest, views, torch.tensor(K), 32, 32, None)
 
 
 def test_a_gpu_without_gsplat_is_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gsplat", None)
     g, (view, K) = head(10), camera(32, 32)  # noqa: N806
-    elsewhere: Any = [torch.tensor(a, device="meta") for a in (*g, view, K)]
+    elsewhere = [torch.tensor(a, device="meta") for a in (*g, view, K)]
     with pytest.raises(splat_torch.DeviceError, match=r"needs gsplat .* --device cpu"):
-        splat_torch.rasterization(*elsewhere, 32, 32)
+        RASTERIZATION(*elsewhere, 32, 32)
 
 
 def test_tensors_on_different_devices_are_refused() -> None:
