@@ -36,6 +36,7 @@ from talksplat_export.checks import Finding, Looks, Severity
 from talksplat_export.geometry import Float32
 from talksplat_export.quality import DRIVERS, Subject
 from talksplat_export.recording import MAX_SIZE, Recording, RecordingError
+from talksplat_export.splat_torch import DeviceError
 from talksplat_export.steps import Steps
 from talksplat_export.track import Detections, Landmarker, Track, TrackError
 
@@ -61,6 +62,7 @@ class Settings:
     seconds: float = checks.LONGEST  # of the recording that are used
     max_size: int = MAX_SIZE  # pixels a side
     seed: int = 0
+    device: str = "cpu"  # of stage A
 
     def training_frames(self, frames: int) -> int:
         """How many of a recording's frames are fitted to.
@@ -181,7 +183,7 @@ def _plan(recording: Recording, settings: Settings, model: Path | None) -> dict[
     tracking = model is not None
     return {
         "probe": 0.003 * frames * tracking,
-        "track": 0.014 * frames * tracking,
+        "track": 0.03 * frames * tracking,
         "split": 0.012 * training,
         **(
             {"hear": 0.01 * training * (huma1_fit.DEGRADED + 1), **huma1_fit.Counts.of(settings.steps).plan()}
@@ -278,6 +280,7 @@ def _stage_a(
             settings.seed,
             folder / CHECKPOINT,
             lambda progress: advance(progress.step),
+            torch.device(settings.device),
         )
         steps.write(folder / LOSSES, json.dumps([round(loss, 5) for loss in losses]).encode())
         canonical, bases, scales = head.quantised()
@@ -437,15 +440,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     setting("plates")
     setting("megabytes", "of the bundle, at most; ")
     setting("seed")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default=device, help="of stage A; default here: %(default)s"
+    )
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # the rasterizer's threads are the ones that count
-    names = ("train_seconds", "max_size", "gaussians", "steps", "plates", "megabytes", "seed")
+    names = ("train_seconds", "max_size", "gaussians", "steps", "plates", "megabytes", "seed", "device")
     asked = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.preview and args.profile != Settings.profile:
         print(f"error: --preview makes avatars of the profile {Settings.profile} only", file=sys.stderr)
+        return 1
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: PyTorch finds no CUDA device here: fit with --device cpu", file=sys.stderr)
         return 1
     chosen = HUMA1 if args.profile == HUMA1.profile else PREVIEW if args.preview else Settings()
     settings = replace(chosen, **asked)
@@ -486,6 +496,6 @@ def _sentence(error: Exception, work: Path) -> str | None:
             "There is not enough memory: a fit of 512 x 512 pixels takes up to 6 GB. Close other programs, or ask for "
             "less with --size 256. No half bundle was written; the same command goes on from here."
         )
-    if isinstance(error, RecordingError | TrackError | plates.PlatesError | BundleError | OSError):
+    if isinstance(error, RecordingError | TrackError | plates.PlatesError | BundleError | DeviceError | OSError):
         return words
     return None

@@ -44,6 +44,7 @@ SSIM_SHARE = 0.2  # of the colour loss
 ALPHA_WEIGHT = 0.5
 CHECKPOINT_SECONDS = 60.0
 MARGIN = 8  # pixels around the region
+CPU = torch.device("cpu")
 
 
 # --- the frames --------------------------------------------------------------------------------------------------
@@ -229,12 +230,17 @@ def fit(
     seed: int,
     checkpoint: Path,
     advance: Callable[[Progress], object],
+    device: torch.device = CPU,
 ) -> list[float]:
     """Train ``head`` in place for ``steps``, from ``checkpoint`` where there is one; returns the loss of every step.
 
     An interrupt (or any error) saves the state first; the steps of a run that was resumed are those of one that was
     not.
+
+    Args:
+        device: that computes; ``head`` comes back to the CPU. A GPU's path is written, not run here: see `splat_torch`.
     """
+    head.to(device)
     groups = []
     for name, (_, rest_rate, bases_rate) in GROUPS.items():
         groups.append({"params": [head.rest[name]], "lr": rest_rate})
@@ -243,7 +249,7 @@ def fit(
     rates = [group["lr"] for group in optimizer.param_groups]
     losses: list[float] = []
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
         head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
         losses = state["losses"]
@@ -254,7 +260,7 @@ def fit(
         torch.save(state, partial)
         os.replace(partial, checkpoint)
 
-    emphasis = torch.from_numpy(crops.emphasis)[..., None]
+    emphasis = torch.from_numpy(crops.emphasis)[..., None].to(device)
     emphasis = emphasis / emphasis.mean()
     saved = time.monotonic()
     try:
@@ -265,13 +271,13 @@ def fit(
             shrink = 2 if done < COARSE_SHARE else 1
             picked = np.random.default_rng([seed, step]).choice(len(crops.frames), BATCH, p=sampling)
             targets = [crops.target(index, shrink) for index in picked]
-            colors, alphas = (torch.stack(images) for images in zip(*targets, strict=True))
+            colors, alphas = (torch.stack(images).to(device) for images in zip(*targets, strict=True))
             frames = crops.frames[picked]
-            gaussians: Gaussians = head(torch.from_numpy(weights[frames]))
+            gaussians: Gaussians = head(torch.from_numpy(weights[frames]).to(device))
             drawn, covered = splat_torch.rasterization(
                 *gaussians,
-                torch.from_numpy(track.viewmats[frames]),
-                torch.stack([crops.camera(track.K, index, shrink) for index in picked]),
+                torch.from_numpy(track.viewmats[frames]).to(device),
+                torch.stack([crops.camera(track.K, index, shrink) for index in picked]).to(device),
                 colors.shape[2],
                 colors.shape[1],
                 threads=1,
@@ -292,4 +298,5 @@ def fit(
                 saved = time.monotonic()
     finally:
         save()
+        head.to(CPU)
     return losses

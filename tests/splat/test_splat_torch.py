@@ -13,7 +13,7 @@ from torch import Tensor
 from talksplat import splat
 from talksplat.bench._head import camera, head
 from talksplat.splat import reference
-from talksplat_export import splat_torch
+from talksplat_export import cli, splat_torch
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +162,13 @@ def test_a_gpu_without_gsplat_is_one_clear_sentence(monkeypatch: pytest.MonkeyPa
     elsewhere = [torch.tensor(a, device="meta") for a in (*g, view, K)]
     with pytest.raises(splat_torch.DeviceError, match=r"needs gsplat .* --device cpu"):
         RASTERIZATION(*elsewhere, 32, 32)
+
+
+def test_a_fit_on_a_gpu_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert cli.main(["fit", "recording.mp4", "--out", "kim", "--device", "cuda"]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
 
 
 def test_tensors_on_different_devices_are_refused() -> None:
