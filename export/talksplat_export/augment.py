@@ -196,12 +196,12 @@ def packet_loss(audio: Audio, rate: float, rng: Generator) -> Audio:
 def noise(samples: int, babble: Sequence[Audio], rng: Generator) -> Audio:
     """Some kind of noise; ``babble`` are [T >= samples] clips of other people, three or more of them."""
     kind = rng.random()
-    if kind < 0.3 and len(babble) >= 3:
+    if kind < 0.4 and len(babble) >= 3:
         crowd: Audio = np.sum([other[:samples] for other in babble], axis=0)
         return crowd
-    if kind < 0.45:
+    if kind < 0.5:
         return music(samples, rng)
-    if kind < 0.55:
+    if kind < 0.6:
         return clicks(samples, rng)
     return coloured_noise(samples, rng.uniform(-0.3, 2.0), rng)
 
@@ -218,8 +218,8 @@ def degrade(audio: Audio, quiet: npt.NDArray[np.bool_], babble: Sequence[Audio],
     out = breaths(audio, quiet, rng) if rng.random() < 0.3 else audio
     if rng.random() < 0.4:
         out = reverb(out, rng.uniform(0.15, 0.8), rng, rng.uniform(-2, 10))
-    if rng.random() < 0.7:
-        out = mix(out, noise(len(out), babble, rng), rng.uniform(4, 35))
+    if rng.random() < 0.75:
+        out = mix(out, noise(len(out), babble, rng), rng.uniform(3, 30))
     if rng.random() < 0.6:
         out = equalise(out, rng)
     if rng.random() < 0.15:

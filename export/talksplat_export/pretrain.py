@@ -5,9 +5,15 @@ The encoder never sees a face. Its features are asked, through linear heads, for
 from 80 ms before to 80 ms after the frame's instant, so that a person-specific head without memory finds
 coarticulation in them. Each segment is seen twice, as recorded and degraded, and both have to give the same features.
 
-The committed weights took two runs: ``talksplat-export pretrain`` on synthetic speech, then
-``talksplat-export pretrain --real FOLDER CHECKPOINT``, where the first run's checkpoint aligned real clips with their
-transcripts. flite's voices need the system package of that name.
+The committed weights took four runs, each of which needs the checkpoint of the one before::
+
+    talksplat-export pretrain
+    talksplat-export pretrain --real FOLDER CHECKPOINT
+    talksplat-export pretrain --real FOLDER CHECKPOINT --start CHECKPOINT    (twice)
+
+The second aligned real clips with their transcripts by what the first had learned, and began from nothing. In the
+third, words of the VITS voice follow each other without a pause between them and half of the text is invented; the
+last added the layers ``deepen``, and more babble. flite's voices need the system package of that name.
 """
 
 from __future__ import annotations
@@ -42,7 +48,8 @@ from ._onnx import write
 from .audio_encoder import HOP, RECEPTIVE_FIELD, WEIGHTS, AudioEncoder
 from .synthesis import LABEL_RATE, Recording
 
-OFFSETS = (-8, -4, 0, 4, 8)  # labels (10 ms) around the instant that the heads are asked for
+OFFSETS = (-8, -4, 0, 4, 8)  # labels (10 ms) around the instant that the heads are asked for, and how much each counts
+_OFFSET_WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 1.0, 0.5])
 _LABELS_PER_FRAME = LABEL_RATE // FPS
 _SMOOTHING = np.hanning(11)[1:-1] / np.hanning(11).sum()  # the lips take about 50 ms from one phoneme to the next
 _CONTEXT_LABELS = LEFT_CONTEXT // HOP
@@ -55,13 +62,13 @@ class Config:
     """Everything that decides the result."""
 
     minutes: float = 220.0  # of synthetic speech
-    steps: int = 1600
+    steps: int = 1100
     batch: int = 32  # segments, each seen as recorded and degraded
     frames: int = 48  # a segment's frames: 2 s
     learning_rate: float = 2e-3
     weight_decay: float = 1e-2
-    articulation_weight: float = 20.0
-    consistency_weight: float = 0.5
+    articulation_weight: float = 60.0  # what the lips do counts for more than what is said
+    consistency_weight: float = 1.0
     real_repeats: int = 0  # how often real recordings count, which are fewer; 0 is none
     noise_only: float = 0.06  # share of segments whose degraded version is noise without speech
     resampled: float = 0.5  # share of segments played faster or slower, which makes other speakers
@@ -170,8 +177,9 @@ class Corpus:
 
 def _losses(features: Tensor, targets: Targets, batch: Batch, config: Config) -> tuple[Tensor, dict[str, float]]:
     logits, articulation = targets(features)
-    phoneme = -(batch.posteriors * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
-    lips = F.mse_loss(articulation, batch.articulation)
+    phoneme = -(batch.posteriors * F.log_softmax(logits, dim=-1)).sum(dim=-1)
+    lips = ((articulation - batch.articulation) ** 2).mean(dim=-1)
+    phoneme, lips = ((loss * _OFFSET_WEIGHTS).mean() / _OFFSET_WEIGHTS.mean() for loss in (phoneme, lips))
     light, heavy = features.chunk(2)
     same = (batch.labels.chunk(2)[0] == batch.labels.chunk(2)[1]).unsqueeze(-1)
     consistency = (same * (light.detach() - heavy) ** 2).sum() / (same.sum() * FEATURES)
@@ -249,7 +257,9 @@ def publish(encoder: AudioEncoder, config: Config, figures: dict[str, float], pa
 def _from_checkpoint(path: Path) -> tuple[AudioEncoder, Targets]:
     kept = torch.load(path, weights_only=True)
     encoder, targets = AudioEncoder(), Targets()
-    encoder.load_state_dict(kept["encoder"])
+    fresh = encoder.load_state_dict(kept["encoder"], strict=False)
+    if fresh.unexpected_keys or any(not key.startswith("deepen") for key in fresh.missing_keys):
+        raise ValueError(f"{path} holds another encoder")
     targets.load_state_dict(kept["targets"])
     return encoder.eval(), targets
 

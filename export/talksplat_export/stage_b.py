@@ -7,7 +7,7 @@ recording and on degraded versions of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,13 @@ Float32 = npt.NDArray[np.float32]
 STEPS = 1000
 BATCH = 512
 LEARNING_RATE = 3e-3
-WEIGHT_DECAY = 0.3
-DROPOUT = 0.1  # of the features
+WEIGHT_DECAY = 1.0
+DROPOUT = 0.2  # of the features
 LIP_WEIGHT = 2.0  # of the lips' opening, on top of all landmarks of the mouth
-CLOSURE_WEIGHT = 3.0  # of frames with closed lips within speech
+CLOSURE_WEIGHT = 4.0  # of frames with closed lips within speech
 DEGRADED_SECONDS = 8.0  # how long one chain of degradations lasts
+NOISE_ONLY = 0.1  # share of these pieces in which nobody speaks and the face is to rest
+CROWD = 4  # pieces of the recording itself that make a babble
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class Heard:
 
     features: Float32  # [T, 128]
     speech: Float32  # [T] probability
+    resting: npt.NDArray[np.bool_] | None = None  # [T] where noise took the recorded speech's place; None is nowhere
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,10 @@ def hear(audio: Float32, frames: int) -> Heard:
 
 
 def versions(audio: Float32, frames: int, count: int, seed: int, advance: Callable[[int], object]) -> list[Heard]:
-    """The recording as it is, then ``count`` degraded versions of it (noise, reverberation, microphones, codecs)."""
+    """The recording as it is, then ``count`` degraded versions of it (noise, reverberation, microphones, codecs).
+
+    A share `NOISE_ONLY` of a degraded version is noise alone.
+    """
     heard = [hear(audio, frames)]
     advance(1)
     rng = np.random.default_rng(seed)
@@ -75,11 +81,19 @@ def versions(audio: Float32, frames: int, count: int, seed: int, advance: Callab
     piece = int(DEGRADED_SECONDS * clock.SAMPLE_RATE)
     quiet = np.repeat(heard[0].speech < 0.1, clock.SAMPLES_PER_FRAME)[: len(audio)]
     for number in range(count):
-        degraded = [
-            augment.degrade(audio[at : at + piece], quiet[at : at + piece], [], rng)
-            for at in range(0, len(audio), piece)
-        ]
-        heard.append(hear(np.concatenate(degraded), frames))
+        degraded, resting = [], np.zeros(frames, bool)
+        for at in range(0, len(audio), piece):
+            clean = audio[at : at + piece]
+            if rng.random() < NOISE_ONLY:
+                noise = augment.noise(len(clean), [], rng)
+                level = 10 ** (rng.uniform(-60, -20) / 20) / max(float(np.sqrt(np.mean(noise**2))), 1e-9)
+                degraded.append((noise * level).astype(np.float32))
+                resting[at // clock.SAMPLES_PER_FRAME : (at + piece) // clock.SAMPLES_PER_FRAME] = True
+            else:
+                others = rng.integers(0, len(audio), CROWD)
+                babble = [np.take(audio, np.arange(len(clean)) + other, mode="wrap") for other in others]
+                degraded.append(augment.degrade(clean, quiet[at : at + piece], babble, rng))
+        heard.append(replace(hear(np.concatenate(degraded), frames), resting=resting))
         advance(number + 2)
     return heard
 
@@ -108,7 +122,9 @@ def fit(
 
     features = torch.from_numpy(np.stack([version.features for version in heard]))
     gates = torch.from_numpy(gate(np.stack([version.speech for version in heard])))
-    goal = torch.from_numpy(targets)
+    goals = torch.from_numpy(
+        np.stack([targets if version.resting is None else targets * ~version.resting[:, None] for version in heard])
+    )
     importance = torch.where(torch.from_numpy(_closed(track)) & (gates[0] > 0.5), CLOSURE_WEIGHT, 1.0)
 
     first = (torch.randn(FEATURES + 1, HIDDEN, generator=generator) / FEATURES**0.5).requires_grad_()
@@ -116,10 +132,10 @@ def fit(
     with torch.no_grad():
         first[-1], second[-1] = 0, 0
 
-    def error(inputs: Tensor, gating: Tensor, index: Tensor) -> Tensor:
+    def error(inputs: Tensor, gating: Tensor, goal: Tensor, index: Tensor) -> Tensor:
         hidden = torch.tanh(inputs @ first[:-1] + first[-1])
         served = (hidden @ second[:-1] + second[-1]) * gating[..., None]
-        squared = (((served - goal[index]) @ factor) ** 2).sum(-1)
+        squared = (((served - goal) @ factor) ** 2).sum(-1)
         weighted: Tensor = squared * importance[index]
         return weighted.mean()
 
@@ -130,7 +146,8 @@ def fit(
         version = torch.randint(len(heard), (BATCH,), generator=generator)
         version[: BATCH // 2] = 0  # half of a batch is the recording itself
         keep = torch.rand(BATCH, FEATURES, generator=generator) >= DROPOUT
-        loss = error(features[version, index] * keep / (1 - DROPOUT), gates[version, index], index)
+        inputs = features[version, index] * keep / (1 - DROPOUT)
+        loss = error(inputs, gates[version, index], goals[version, index], index)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

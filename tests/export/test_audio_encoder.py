@@ -122,7 +122,7 @@ def test_digital_silence_gives_one_finite_feature_vector(encoder: AudioEncoder) 
 
 def test_weights_are_small_and_say_where_they_come_from(encoder: AudioEncoder) -> None:
     assert audio_encoder.WEIGHTS.stat().st_size <= 3_000_000
-    assert sum(parameter.numel() for parameter in encoder.parameters()) <= 700_000
+    assert sum(parameter.numel() for parameter in encoder.parameters()) <= 750_000
     with safe_open(audio_encoder.WEIGHTS, "pt") as file:
         assert {"version", "config", "config_digest", "commit", "synthetic_accuracy_clean"} <= file.metadata().keys()
 

@@ -141,3 +141,17 @@ def test_a_run_can_begin_with_an_earlier_result(train: Corpus, held_out: Mapping
     pretrain.pretrain(still, train, held_out, tmp_path, tmp_path / "second.safetensors", start)
     first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("first", "second"))
     torch.testing.assert_close(second["project.weight"], first["project.weight"], atol=1e-6, rtol=0)
+
+
+def test_a_run_can_begin_with_an_encoder_of_fewer_layers(tmp_path: Path) -> None:
+    encoder, targets = AudioEncoder(), pretrain.Targets()
+    fewer = {name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith("deepen")}
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"encoder": fewer, "targets": targets.state_dict()}, path)
+    started, _ = pretrain._from_checkpoint(path)
+    for name, tensor in fewer.items():
+        torch.testing.assert_close(started.state_dict()[name], tensor, atol=0, rtol=0)
+    del fewer["project.weight"]
+    torch.save({"encoder": fewer, "targets": targets.state_dict()}, path)
+    with pytest.raises(ValueError, match="another encoder"):
+        pretrain._from_checkpoint(path)

@@ -78,3 +78,38 @@ def test_the_adapter_learns_what_the_features_tell(monkeypatch: pytest.MonkeyPat
     driven = adapter(heard[0])
     assert np.corrcoef(driven[:, 0], targets[:, 0])[0, 1] > 0.95
     assert not driven[speech == 0].any()
+
+
+def test_the_face_rests_where_noise_took_the_place_of_speech(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_b, "STEPS", 400)
+    rng = np.random.default_rng(0)
+    track, landmarks = make_track(600)
+    features = rng.normal(size=(2, 600, FEATURES)).astype(np.float32)
+    features[:, :, 0] = 3 * (track.expression[:, 0] - 0.5)
+    resting = np.arange(600) >= 300
+    features[1, resting, 1] = 5  # sounds like noise
+    targets = np.zeros((600, COEFFICIENTS), np.float32)
+    targets[:, 0] = track.expression[:, 0]
+    displacements = np.zeros((COEFFICIENTS, 68, 3), np.float32)
+    displacements[0] = landmarks[1]
+    fooled = np.ones(600, np.float32)  # the voice activity takes everything for speech
+    heard = [Heard(features[0], fooled), Heard(features[1], fooled, resting)]
+    driven = stage_b.fit(heard, targets, displacements, track, 0, lambda done: None)(heard[1])[:, 0]
+    assert np.corrcoef(driven[:300], targets[:300, 0])[0, 1] > 0.9
+    assert np.abs(driven[300:]).mean() < 0.5 * np.abs(driven[:300]).mean()
+
+
+def test_versions_are_the_recording_and_degraded_ones_with_noise_alone_in_places(
+    speech: Float32, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_b, "DEGRADED_SECONDS", 1.0)
+    monkeypatch.setattr(stage_b, "NOISE_ONLY", 0.5)
+    done: list[int] = []
+    recorded, *degraded = stage_b.versions(speech[: 6 * 16000], 150, 2, 0, done.append)
+    assert done == [1, 2, 3]
+    np.testing.assert_array_equal(recorded.features, stage_b.hear(speech[: 6 * 16000], 150).features)
+    assert recorded.resting is None
+    for version in degraded:
+        assert version.resting is not None
+        assert 0 < version.resting.sum() < 150
+        assert not np.allclose(version.features, recorded.features)
