@@ -19,7 +19,8 @@ the same frames, which none of them was fitted to. What is finished in the work 
 ``first_frame_ms``          of a new stream through gRPC, median; baselines are not served
 ``frame_ms``                from a window of sound to a raw frame, median, networks and drawing: one thread, and as
 ``frame_ms_all_threads``    many as there are cores. In this process, without gRPC and JPEG
-``memory_mb``               that the avatar adds to the server's processes, or to a process that has PyTorch
+``memory_mb``               that the avatar and a stream of it add to a fresh server's processes, or to one that has
+                            PyTorch
 ``face_psnr_db`` and others as `quality` has them
 ``flip``                    mean error of NVIDIA's FLIP (https://doi.org/10.1145/3406183) in the mouth's crop, every 8th
                             frame: what differs when the two pictures alternate. It stands in for LPIPS, whose networks
@@ -148,12 +149,8 @@ class Contender(ABC):
         """Draws the frames of a window [WINDOW] whose first one has an index, in this process."""
 
     @abstractmethod
-    def resources(self, server: Server) -> Row:
-        """Size, preload, first frame and memory.
-
-        Args:
-            server: that has the avatars of both generations.
-        """
+    def resources(self) -> Row:
+        """Size, preload, first frame and memory."""
 
     @abstractmethod
     def robust(self, audio: Float32) -> Row:
@@ -217,8 +214,8 @@ class Generation(Contender):
 
         return animate
 
-    def resources(self, server: Server) -> Row:  # noqa: D102
-        with triton.InferenceServerClient(server.grpc_url) as client:
+    def resources(self) -> Row:  # noqa: D102
+        with self._served() as server, triton.InferenceServerClient(server.grpc_url) as client:
             before = _server_memory(server)
             cold = [preload.operate(client, "preload", self.avatar.id)]
             timings = _load.drive(
@@ -241,6 +238,14 @@ class Generation(Contender):
             "first_frame_ms": round(float(np.median(timings.first_frame_ms)), 1),
             "memory_mb": round(memory / 1e6, 1),
         }
+
+    @contextmanager
+    def _served(self) -> Iterator[Server]:
+        """A fresh server of this avatar alone, wherever its bundle lies."""
+        with tempfile.TemporaryDirectory() as root:
+            (Path(root) / self.avatar.id).symlink_to(self.folder.resolve(), target_is_directory=True)
+            with _server.serving(self.avatar.id, Path(root)) as server:
+                yield server
 
     def robust(self, audio: Float32) -> Row:  # noqa: D102
         follow = _displacement(self.avatar)
@@ -396,7 +401,7 @@ class Other(Contender):
 
         return animate
 
-    def resources(self, server: Server) -> Row:  # noqa: D102
+    def resources(self) -> Row:  # noqa: D102
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             cold, memory = process.submit(_loaded, self.baseline, self.weights, *self._frame).result()
         return {
@@ -458,9 +463,6 @@ def table(
     face = first.box((*first.track.layout.brows, *first.track.layout.jaw, *first.track.layout.mouth), margin=12)
     shown: dict[int, list[Image]] = {}
     rows: list[Row] = []
-    console.print("sizes, preload and first frame")
-    with _served(contenders) as server:
-        resources = {contender.name: contender.resources(server) for contender in contenders}
     for contender in contenders:
         subject = contender.subject
         perceived = Perception(subject.box(subject.track.layout.mouth, MOUTH_MARGIN))
@@ -477,7 +479,7 @@ def table(
         minutes = contender.train_minutes
         row["train_minutes"] = None if minutes is None else round(minutes, 1)
         row |= contender.cost().row()
-        row |= resources[contender.name]
+        row |= contender.resources()
         row |= frame_times(contender)
         with bars.shown(console, contender.name, len(subject.test)) as advance:
             row |= quality.measure(subject, "audio", landmarker, advance, observe)
@@ -490,17 +492,6 @@ def table(
         picture.parent.mkdir(parents=True, exist_ok=True)
         picture.write_bytes(side_by_side([shown[index] for index in picked]))
     return rows
-
-
-@contextmanager
-def _served(contenders: Sequence[Contender]) -> Iterator[Server]:
-    """A server of the generations' bundles, wherever they lie."""
-    with tempfile.TemporaryDirectory() as root:
-        for contender in contenders:
-            if isinstance(contender, Generation):
-                (Path(root) / contender.avatar.id).symlink_to(contender.folder.resolve(), target_is_directory=True)
-        with _server.serving(avatars=Path(root)) as server:
-            yield server
 
 
 def notable(subject: Comparison) -> list[int]:
@@ -606,7 +597,7 @@ def contenders(
         if avatar.profile != GENERATIONS[name][0]:
             raise RecordingError(f"{folders[name]} is of the profile {avatar.profile}, not {GENERATIONS[name][0]}.")
         recording = Recording.as_fitted(video, audio, avatar.width, avatar.provenance)
-        if avatar.provenance["recording_sha256"] != recording.sha256:
+        if avatar.provenance.get("recording_sha256") != recording.sha256:
             raise RecordingError(f"{folders[name]} was fitted to another recording than {video}.")
         tracked = _tracked(recording, source, landmarker, work, console)
         if avatar.provenance["train_frames"] >= len(tracked):
