@@ -7,13 +7,15 @@ coarticulation in them. Each segment is seen twice, as recorded and degraded, an
 
 The committed weights took four runs, each of which needs the checkpoint of the one before::
 
-    talksplat-export pretrain
-    talksplat-export pretrain --real FOLDER CHECKPOINT
-    talksplat-export pretrain --real FOLDER CHECKPOINT --start CHECKPOINT    (twice)
+    talksplat-export pretrain --minutes 240 --steps 2000
+    talksplat-export pretrain --minutes 240 --steps 2000 --real FOLDER CHECKPOINT
+    talksplat-export pretrain --steps 1600 --real FOLDER CHECKPOINT --start CHECKPOINT
+    talksplat-export pretrain --steps 1100 --real FOLDER CHECKPOINT --start CHECKPOINT
 
-The second aligned real clips with their transcripts by what the first had learned, and began from nothing. In the
-third, words of the VITS voice follow each other without a pause between them and half of the text is invented; the
-last added the layers ``deepen``, and more babble. flite's voices need the system package of that name.
+The second aligned real clips with their transcripts by what the first had learned, and began from nothing. These two
+are older than this file: words of the VITS voice had pauses between them, the text no invented words, and the encoder
+not the layers ``deepen``, which the fourth run added. Only the fourth had all of `Config` as it is now. flite's voices
+need the system package of that name.
 """
 
 from __future__ import annotations
