@@ -21,8 +21,7 @@ import torch
 
 from talksplat import clock
 from talksplat.animator import SPEECH_EDGES
-from talksplat_export import vad
-from talksplat_export.audio_encoder import HOP, MelPower
+from talksplat_export import audio_encoder, vad
 from talksplat_export.recording import Float32, Image, Recording, RecordingError, Square
 from talksplat_export.track import MAX_MISSING, Landmarker, Track
 
@@ -67,15 +66,13 @@ LEAST_OPENING = 0.04  # distances between the eyes by which lips that speak part
 REST_SECONDS = 0.2
 
 # Sound against picture.
-LAGS = np.arange(-0.6, 0.601, 0.02)  # seconds that are tried
+LAGS = np.arange(-0.6, 0.601, 0.02)  # seconds that are tried: every half frame
 OFFSET_PIECE = 12.0  # seconds of each of the pieces that have to agree
 AGREEMENT = 0.06  # seconds by which a piece may differ
 MIN_AGREEING = 0.7  # of the pieces
 LEAST_CORRELATION = 0.2  # geometric mean of that of the lips' opening and that of its speed
 LEAST_OFFSET = 0.08  # seconds that are corrected: what is natural stays below
-BANDS = 16  # of the spectrum
-RIDGE = 30.0
-FLOOR_DB = -60.0
+RIDGE = 300.0
 
 
 class Severity(StrEnum):
@@ -492,24 +489,25 @@ class Offset:
 def offset(audio: Float32, track: Track) -> Offset:
     """Estimate by how much the sound lags the lips.
 
-    For every lag, the lips' opening and the speed of it are predicted from the spectrum of the sound at that moment
+    For every lag, the lips' opening and the speed of it are predicted from what the audio encoder hears at that moment
     (ridge regression, cross-validated over blocks of 5 s). The lag at which the geometric mean of both correlations
-    is largest is the offset; parts of the recording vote on it. Lips and sound are naturally within 0.05 s.
+    is largest is the offset; parts of the recording vote on it.
 
     Args:
         audio: [samples].
     """
     lips = openings(track).astype(np.float64)
     targets = np.stack([lips, np.gradient(lips)])  # [2, T]
-    bands = _bands(audio)
+    features = _features(audio)
     predicted = np.zeros((len(LAGS), *targets.shape))
     heard = np.zeros((len(LAGS), len(lips)), bool)
     seen = np.convolve(~track.seen, np.ones(3), "same") == 0  # both neighbours, too: the speed needs them
     fold = np.arange(len(lips)) // (5 * clock.FPS) % 4
+    ridge = RIDGE * np.eye(features.shape[1])
     for index, lag in enumerate(LAGS):
-        hop = np.rint(((np.arange(len(lips)) + 0.5) / clock.FPS + lag) * clock.SAMPLE_RATE / HOP).astype(int)
-        heard[index] = (hop >= 0) & (hop < len(bands)) & seen
-        inputs = bands[hop.clip(0, len(bands) - 1)]
+        instant = np.rint((np.arange(len(lips)) / clock.FPS + lag) * 2 * clock.FPS).astype(int)
+        heard[index] = (instant >= 0) & (instant < len(features)) & seen
+        inputs = features[instant.clip(0, len(features) - 1)]
         for part in range(4):
             known, asked = heard[index] & (fold != part), heard[index] & (fold == part)
             if not known.any():
@@ -517,7 +515,7 @@ def offset(audio: Float32, track: Track) -> Offset:
             mean, spread = inputs[known].mean(0), inputs[known].std(0) + 1e-6
             known_inputs = (inputs[known] - mean) / spread
             goal = targets[:, known] - targets[:, known].mean(1, keepdims=True)
-            solved = np.linalg.solve(known_inputs.T @ known_inputs + RIDGE * np.eye(BANDS), known_inputs.T @ goal.T)
+            solved = np.linalg.solve(known_inputs.T @ known_inputs + ridge, known_inputs.T @ goal.T)
             predicted[index][:, asked] = ((inputs[asked] - mean) / spread @ solved).T
 
     def best(part: slice) -> tuple[float, float]:
@@ -541,13 +539,12 @@ def offset(audio: Float32, track: Track) -> Offset:
     return Offset(seconds, correlation, float(np.mean(np.abs(np.array(votes) - seconds) <= AGREEMENT)))
 
 
-def _bands(audio: Float32) -> Float64:
-    """Level of the sound in each of `BANDS` bands, decibels, one row every `HOP` samples."""
-    with torch.inference_mode():
-        power = MelPower()(torch.from_numpy(np.pad(audio, 200))[None])[0].numpy().astype(np.float64)
-    decibels = 10 * np.log10(power + 1e-12)
-    decibels = np.maximum(decibels - np.percentile(decibels, 99), FLOOR_DB)
-    return np.stack([band.mean(0) for band in np.array_split(decibels, BANDS)], 1)
+def _features(audio: Float32) -> Float64:
+    """What the audio encoder hears, one row every half frame."""
+    encoder, samples = audio_encoder.load(), torch.from_numpy(audio)
+    rows = [encoder.encode(samples[start:]) for start in (0, clock.SAMPLES_PER_FRAME // 2)]
+    count = min(map(len, rows))
+    return torch.stack([row[:count] for row in rows], 1).flatten(0, 1).numpy().astype(np.float64)
 
 
 def _correlation(a: Float64, b: Float64) -> float:

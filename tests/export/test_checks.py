@@ -261,8 +261,8 @@ def test_a_shift_of_the_sound_is_estimated(speech: Float32, lips: Track, late: f
     shifted = np.roll(np.tile(speech, 2), round(late * clock.SAMPLE_RATE))
     found = checks.offset(shifted, lips)
     assert found.is_sure
-    assert found.seconds == pytest.approx(late, abs=0.045)
-    assert found.delay == (pytest.approx(late, abs=0.045) if late else 0)
+    assert found.seconds == pytest.approx(late, abs=0.02)
+    assert found.delay == (pytest.approx(late, abs=0.02) if late else 0)
     assert ("is corrected" in str(found.finding)) == bool(late)
 
 
