@@ -20,7 +20,7 @@ from talksplat_export.families.baseline import CODE, Baseline, Crops, Scene
 from talksplat_export.geometry import Float32
 from talksplat_export.recording import Image
 
-WIDTHS = (24, 48, 96, 128)  # channels at a half, a quarter, ... of the window's size
+WIDTHS = (16, 40, 80, 128)  # channels at a half, a quarter, ... of the window's size
 SEAM = 0.15  # distances between the eyes that the mask takes to begin below the nose
 SSIM_WEIGHT = 0.2
 EDGE_WEIGHT = 1.0
