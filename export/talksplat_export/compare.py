@@ -24,7 +24,7 @@ the same frames, which none of them was fitted to. What is finished in the work 
 ``face_psnr_db`` and others as `quality` has them
 ``flip``                    mean error of NVIDIA's FLIP (https://doi.org/10.1145/3406183) in the mouth's crop, every 8th
                             frame: what differs when the two pictures alternate. It stands in for LPIPS, whose networks
-                            no package carries: only their last layers can be had without a download
+                            have to be downloaded: its package carries their last layers alone
 ``r_...``                   correlation of the Gaussians' displacement with that of the clean signal, in test frames'
                             sound: with noise at 10 dB SNR, 0.5 s of reverberation, 20 dB less, above 4 kHz nothing
 =========================== ===========================================================================================
