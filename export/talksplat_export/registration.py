@@ -3,8 +3,8 @@
 Landmarks swim on the skin by half a hundredth of the face; Gaussians fitted to such poses blur. So a surface through
 the landmarks takes on the colours that most frames agree about, and every frame is aligned with it: Lucas-Kanade in
 its inverse compositional form (Baker and Matthews, "Lucas-Kanade 20 Years On", IJCV 2004) over the six parameters of
-a rigid motion and the frame's gain and offset. Only the face above the mouth takes part, and of it most what looks
-alike in all frames: lids and brows hardly count.
+a rigid motion and the frame's gain and offset. The whole face takes part, and most of it what looks alike in all
+frames: lips and lids hardly count. (Without the mouth and the jaw, brows that rise pass for a nod.)
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 SIDE = 256  # pixels to which frames are reduced, at least
+POINTS = 6000  # of the face that are looked at, about
 SAMPLES = 120  # frames that make the template
 BLUR = 1.0  # pixels
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of RGB, ITU-R BT.601
@@ -100,8 +101,8 @@ def _template(recording: Recording, track: Track, samples: npt.NDArray[np.int64]
     image = np.full(rows.shape, np.nan)
     image.ravel()[inside] = texture
     slope = np.stack([axis.ravel()[inside] for axis in np.gradient(image)[::-1]], 1)
-    upper = pixels[inside, 1] < at[list(track.layout.nose), 1].max()  # the mouth moves the rest
-    used = upper & np.isfinite(slope).all(1)
+    used = np.flatnonzero(np.isfinite(slope).all(1))
+    used = used[:: max(len(used) // POINTS, 1)]
     return _Template.of(
         points[used], texture[used], slope[used], 1 / (variance[used] + NOISE), view, intrinsics, FARTHEST * unit
     )

@@ -34,7 +34,6 @@ LANDMARKER_URL = (
 )
 LANDMARKER_SHA256 = "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff"
 MEDIAPIPE_FOV_DEG = 63.0  # vertical field of view that FaceLandmarker assumes for its pose
-PORTRAIT_FOV_DEG = 25.0  # of a square around a head, which no camera sees from as near as FaceLandmarker assumes
 CENTIMETRE = 0.01  # both sources measure in centimetres
 
 # The synthetic subject's camera and neck, in its mesh's units (centimetres, +y up, +z towards the camera).
@@ -471,8 +470,6 @@ def from_mediapipe(
 
     viewmats = np.diag([1.0, -1.0, -1.0, 1.0]) @ pose
     viewmats[:, :3, 3] *= CENTIMETRE
-    narrower = np.tan(np.radians(PORTRAIT_FOV_DEG / 2)) / np.tan(np.radians(MEDIAPIPE_FOV_DEG / 2))
-    viewmats[:, 2, 3] /= narrower  # farther away through a longer lens, of the same size
     viewmats[:, :3] = median_filter(viewmats[:, :3], (3, 1, 1))
     viewmats = steadied(viewmats)
 
@@ -485,7 +482,7 @@ def from_mediapipe(
     expression = np.concatenate([scores, opening[:, None] * 3, width[:, None]], 1)
     expression -= _rest(expression, opening)
     low, high = np.percentile(blink, [20, 99.5])
-    focal = recording.size / (2 * np.tan(np.radians(PORTRAIT_FOV_DEG / 2)))
+    focal = recording.size / (2 * np.tan(np.radians(MEDIAPIPE_FOV_DEG / 2)))
     return Track(
         expression=expression.astype(np.float32),
         blink=np.clip((blink - low) / max(high - low, 1e-3), 0, 1).astype(np.float32),
