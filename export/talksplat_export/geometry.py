@@ -17,7 +17,7 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinat
 from scipy.spatial import ConvexHull, cKDTree
 
 from talksplat.avatar import ATTRIBUTES, COEFFICIENTS
-from talksplat_export.track import Layout, Track
+from talksplat_export.track import Layout, Track, TrackError
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -29,6 +29,7 @@ FEATHER = (0.14, 0.3)  # width of the mask's edge at the eyes and one unit below
 MOUTH_EMPHASIS = 3.0  # on top of 1, in the loss
 MOUTH_SHARE = 14  # of all Gaussians, one in so many lies on each of the two sheets behind the lips
 MOUTH_DEPTH = 0.010  # metres from the lips' surface to the teeth
+MIN_PIXELS = 200  # that Gaussians draw
 GRID = 8  # pixels between the points at which smooth fields are computed
 
 
@@ -169,6 +170,9 @@ def region(track: Track, landmarks: Float32, weights: Float32, size: int) -> Reg
         landmarks: [1 + W, L, 3] points at rest and displacements.
         weights: [T, W].
         size: pixels a side.
+
+    Raises:
+        TrackError: the face is too small, or not in the picture.
     """
     layout = track.layout
     viewmat = reference_view(track.viewmats)
@@ -200,6 +204,10 @@ def region(track: Track, landmarks: Float32, weights: Float32, size: int) -> Reg
     feather = np.interp(face[..., 1], [0.0, 1.0], FEATHER)
     edge = (distance_transform_edt(inside) / unit / feather).clip(0, 1)
     mask = gaussian_filter(edge * edge * (3 - 2 * edge), 0.02 * unit)
+    if np.sum(mask > 0.5) < MIN_PIXELS:
+        raise TrackError(
+            f"The face is too small or outside the picture: {unit:.0f} pixels lie between the eyes of frames of {size}."
+        )
 
     mouth = np.concatenate([points[list(layout.mouth)], to_face(moved[:, list(layout.mouth), :2].reshape(-1, 2))])
     at_mouth = _box(face, mouth, 0.08)

@@ -20,17 +20,18 @@ def choose(track: Track, count: int) -> range:
     """The ``count`` consecutive frames that make the calmest loop.
 
     Lips nearly shut and eyes open, so that little of the recorded face has to be covered; the head near its usual
-    pose, and nearly still at both ends, where the loop turns back.
+    pose. At both ends, where the loop turns back, most of all: the head nearly still, and no blink under way.
     """
     count = min(count, len(track))
     opening = track.lip_opening / max(float(np.percentile(track.lip_opening, 99)), 1.0)
     view = track.viewmats.reshape(len(track), 16)
     away = np.linalg.norm(view - view.mean(0), axis=1)
     speed = np.linalg.norm(np.gradient(view, axis=0), axis=1) if len(track) > 1 else np.zeros(1)
-    cost = opening.clip(0) + track.blink + away / max(float(away.mean()), 1e-9) * 0.2 + NO_FACE * ~track.seen
+    covered = opening.clip(0) + track.blink
+    cost = covered + away / max(float(away.mean()), 1e-9) * 0.2 + NO_FACE * ~track.seen
     mean = np.convolve(cost, np.ones(count) / count, "valid")
-    ends = (speed[: len(mean)] + speed[count - 1 :]) / max(float(speed.mean()), 1e-9)
-    start = int(np.argmin(mean + 0.1 * ends))
+    turning = covered + speed / max(float(speed.mean()), 1e-9)
+    start = int(np.argmin(mean + 0.1 * (turning[: len(mean)] + turning[count - 1 :])))
     return range(start, start + count)
 
 

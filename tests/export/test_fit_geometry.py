@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 
 from talksplat.avatar import COEFFICIENTS
-from talksplat_export import geometry
+from talksplat_export import geometry, plates
 from talksplat_export.track import Track, TrackError, lip_opening
 
 Float32 = npt.NDArray[np.float32]
@@ -101,6 +103,25 @@ def test_seeds_lie_on_the_face_and_follow_the_jaw() -> None:
     upper_lip = np.argsort(np.linalg.norm(means[:, :2] - truth[0, 51, :2], axis=1))[:3]
     assert motion[0, 1, chin].mean() < -0.01
     assert np.median(abs(motion[0, 1, upper_lip])) < 0.003
+
+
+def test_a_face_that_is_hardly_there_is_refused() -> None:
+    track, truth = talking_head.make_track()
+    far = track.viewmats.copy()
+    far[:, 2, 3] = 20
+    weights = track.expression
+    with pytest.raises(TrackError, match="too small"):
+        geometry.region(replace(track, viewmats=far), truth, weights, talking_head.SIZE)
+
+
+def test_plates_do_not_turn_back_within_a_blink() -> None:
+    track, _ = talking_head.make_track(60)
+    still = np.tile(track.viewmats[:1], (60, 1, 1))
+    blink = np.zeros(60, np.float32)
+    blink[20:60] = np.tile(np.array([1, 0, 0, 0, 0], np.float32), 8)  # any ten frames hold two
+    blink[:20] = 1
+    chosen = plates.choose(replace(track[:], viewmats=still, blink=blink, landmarks=track.landmarks[[0] * 60]), 10)
+    assert blink[chosen.start] == blink[chosen.stop - 1] == 0
 
 
 def test_lips_open_along_the_face_whichever_way_it_is_turned() -> None:
