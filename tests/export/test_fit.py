@@ -299,7 +299,7 @@ def test_other_errors_are_not_hidden(head: dict[str, Path], tmp_path: Path, monk
         fit_head(head, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["steps.json", "track.npz", "gaussians.safetensors", "adapter.safetensors"])
+@pytest.mark.parametrize("name", ["steps.json", "track.npz", "gaussians.safetensors"])
 def test_a_damaged_work_folder_is_mended(head: dict[str, Path], copy: Path, name: str) -> None:
     before = bundle.read(copy / "avatars", "head")
     file = copy / "work" / name
