@@ -614,8 +614,7 @@ def contenders(
     scene = Scene.of(recording, tracked, heard, split.pop())
     plates_mb = sum(map(len, avatar.plates)) / 1e6
     for kind in BASELINES:
-        with _torch_threads(len(os.sched_getaffinity(0))):
-            baseline = fitted(kind, scene, seed, minutes, done)
+        baseline = fitted(kind, scene, seed, minutes, done)  # on one thread: two that share a core take longer
         drawn = Drawn(avatar, recording, tracked, baseline)
         weights = work / baseline.file
         found.append(Other(drawn, weights, done.seconds[kind.name] / 60, plates_mb, repository))

@@ -170,7 +170,7 @@ class Baseline(nn.Module, ABC):
     size: ClassVar[int]  # pixels a side of the window as it is drawn
     batch: ClassVar[int]  # frames a step
     rate: ClassVar[float]  # of learning
-    steps: ClassVar[int]  # that a whole fit takes, about ten minutes on two cores
+    steps: ClassVar[int]  # that a whole fit takes, about ten minutes of a core to itself
     file: ClassVar[str]  # that a fit leaves in its work folder
 
     def __init__(self, scene: Scene) -> None:
