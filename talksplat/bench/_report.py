@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TypeAlias
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 Row: TypeAlias = dict[str, str | int | float | None]
+
+WIDEST = 20  # columns that fit beside each other
 
 
 def machine() -> str:
@@ -43,12 +45,14 @@ def commit() -> str:
 
 def report(name: str, rows: Sequence[Row], json_path: Path | None) -> None:
     """Print ``rows`` as a table and, where a path is given, write them as JSON."""
-    table = Table()
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(_cell(row.get(column)) for column in columns))
+    lines = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
+    if len(columns) > WIDEST:  # columns go down and rows across
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    head, *body = lines
+    table = Table(*(Column(cell, justify="right") for cell in head))
+    for line in body:
+        table.add_row(*line)
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a log is not cut to 80 columns
