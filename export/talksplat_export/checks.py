@@ -7,9 +7,8 @@ where no avatar worth having can come of the recording, else a warning or a note
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 
 from talksplat import clock
 from talksplat.animator import SPEECH_EDGES
-from talksplat_export import audio_encoder, vad
+from talksplat_export import _npz, audio_encoder, vad
 from talksplat_export.recording import Float32, Image, Recording, RecordingError, Square
 from talksplat_export.track import MAX_MISSING, Landmarker, Track
 
@@ -199,15 +198,12 @@ class Looks:
 
     def save(self, path: Path) -> None:
         """Write to ``path`` (.npz) in one step."""
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **{field.name: getattr(self, field.name) for field in fields(self)})
-        os.replace(partial, path)
+        _npz.save(self, path)
 
     @classmethod
     def load(cls, path: Path) -> Looks:
         """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as data:
-            return cls(**{field.name: data[field.name] for field in fields(cls)})
+        return cls(**_npz.load(cls, path))
 
 
 def look(recording: Recording, model: Path, advance: Callable[[int], object] = lambda done: None) -> Looks:

@@ -194,13 +194,7 @@ class Head(nn.Module):
             + (0 if offsets is None else offsets[:, of])
             for name, (of, _, _) in stage_a.GROUPS.items()
         }  # fmt: skip
-        return (
-            planes["means"].transpose(1, 2),
-            planes["quats"].transpose(1, 2),
-            planes["scales"].exp().transpose(1, 2),
-            planes["opacities"].sigmoid()[:, 0],
-            planes["colors"].transpose(1, 2),
-        )
+        return stage_a.activated(planes)
 
     @torch.no_grad()
     def tensors(self) -> dict[str, npt.NDArray[Any]]:

@@ -67,14 +67,7 @@ def _grey(image: Image, shrink: int) -> Float32:
 
 def _template(recording: Recording, track: Track, samples: npt.NDArray[np.int64], shrink: int) -> _Template:
     intrinsics = track.K.astype(np.float64) / [[shrink], [shrink], [1]]
-    wanted = replace(
-        track,
-        expression=track.expression[samples],
-        blink=track.blink[samples],
-        viewmats=track.viewmats[samples],
-        landmarks=track.landmarks[samples],
-        seen=track.seen[samples],
-    )
+    wanted = track[samples]
     landmarks = geometry.triangulate(wanted, np.zeros((len(samples), 0), np.float32))[0][0]
     view = geometry.reference_view(wanted.viewmats).astype(np.float64)
     at = geometry.project(landmarks, view, intrinsics)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -151,6 +151,17 @@ def _shrink(image: Tensor, factor: int) -> Tensor:  # [H, W, C]
 # --- the model ---------------------------------------------------------------------------------------------------
 
 
+def activated(planes: Mapping[str, Tensor]) -> Gaussians:  # [F, planes of the group, N] each
+    """Means, quats, scales, opacities, colors of each frame, as the rasterizer takes them."""
+    return (
+        planes["means"].transpose(1, 2),
+        planes["quats"].transpose(1, 2),
+        planes["scales"].exp().transpose(1, 2),
+        planes["opacities"].sigmoid()[:, 0],
+        planes["colors"].transpose(1, 2),
+    )
+
+
 class Head(nn.Module):
     """Gaussians of N attributes at rest and their bases; a frame's attributes are linear in its weights."""
 
@@ -172,13 +183,7 @@ class Head(nn.Module):
             name: torch.addmm(self.rest[name], weights, self.bases[name]).view(len(weights), -1, self.count)
             for name in GROUPS
         }
-        return (
-            planes["means"].transpose(1, 2),
-            planes["quats"].transpose(1, 2),
-            planes["scales"].exp().transpose(1, 2),
-            planes["opacities"].sigmoid()[:, 0],
-            planes["colors"].transpose(1, 2),
-        )
+        return activated(planes)
 
     @torch.no_grad()
     def quantised(self) -> tuple[Float32, npt.NDArray[np.int8], Float32]:

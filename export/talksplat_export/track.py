@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from scipy.ndimage import median_filter
 from scipy.signal import savgol_filter
 
 from talksplat import clock
+from talksplat_export import _npz
 from talksplat_export.recording import Recording
 
 Float32 = npt.NDArray[np.float32]
@@ -145,7 +146,7 @@ class Track:
         """Distance of the inner lips, [T] pixels, signed along the face: below 0 where they overlap."""
         return lip_opening(self.landmarks)
 
-    def __getitem__(self, frames: slice) -> Track:
+    def __getitem__(self, frames: slice | npt.NDArray[np.int64]) -> Track:
         return replace(
             self,
             expression=self.expression[frames],
@@ -157,15 +158,12 @@ class Track:
 
     def save(self, path: Path) -> None:
         """Write to ``path`` (.npz) in one step."""
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **{field.name: getattr(self, field.name) for field in fields(self)})
-        os.replace(partial, path)
+        _npz.save(self, path)
 
     @classmethod
     def load(cls, path: Path) -> Track:
         """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as data:
-            arrays = {field.name: data[field.name] for field in fields(cls)}
+        arrays = _npz.load(cls, path)
         return cls(**{**arrays, "source": str(arrays["source"])})
 
 
@@ -394,15 +392,12 @@ class Detections:
 
     def save(self, path: Path) -> None:
         """Write to ``path`` (.npz) in one step."""
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **{field.name: getattr(self, field.name) for field in fields(self)})
-        os.replace(partial, path)
+        _npz.save(self, path)
 
     @classmethod
     def load(cls, path: Path) -> Detections:
         """Read what `save` wrote."""
-        with np.load(path, allow_pickle=False) as data:
-            arrays = {field.name: data[field.name] for field in fields(cls)}
+        arrays = _npz.load(cls, path)
         return cls(**{**arrays, "done": int(arrays["done"]), "names": tuple(map(str, arrays["names"]))})
 
 

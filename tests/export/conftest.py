@@ -1,11 +1,13 @@
 """Fixtures of the export tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import soundfile
+import torch
 from rich.console import Console
 
 from talksplat import clock
@@ -27,3 +29,12 @@ def speech() -> npt.NDArray[np.float32]:
     audio, rate = soundfile.read(ROOT / "demo" / "speech.wav", dtype="float32")
     assert rate == clock.SAMPLE_RATE
     return np.asarray(audio, np.float32)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the commands run: small products are slower on several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

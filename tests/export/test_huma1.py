@@ -24,9 +24,7 @@ from talksplat_export.recording import Recording
 Float32 = npt.NDArray[np.float32]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)  # as the commands do: two that wait for each other are slower on a busy machine
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the net -----------------------------------------------------------------------------------------------------

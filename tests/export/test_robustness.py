@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import soundfile
-import torch
 from make_avatar import make_avatar
 
 from talksplat import avatar as bundle
@@ -21,13 +19,7 @@ from talksplat_export.robustness import DEGRADATIONS, REST_LEVELS, Driven, Openi
 Float32 = npt.NDArray[np.float32]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As the command runs: small products are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_every_degradation_keeps_the_length_and_spoils_the_speech(speech: Float32) -> None:
