@@ -1,10 +1,10 @@
 """`talksplat-export fit`: from a recording of somebody speaking to an avatar.
 
 Steps: probe (look for one face, choose the square, check picture and sound), track, split (cut the frames to fit to),
-stage A (pictures), stage B (sound), plates, bundle, report. Each leaves its result in the work folder under a digest of
-everything it was made from, and is done again only when that changes; tracking and stage A save their state every
-minute. So the same command resumes after an interrupt, and repeats stage B alone after new encoder weights. Who
-changes this code has to delete the work folder.
+rough and refine (a first fit, and a better track by it; ground truth needs none), stage A (pictures), stage B (sound),
+plates, bundle, report. Each leaves its result in the work folder under a digest of everything it was made from, and is
+done again only when that changes; tracking and stage A save their state every minute. So the same command resumes after
+an interrupt, and repeats stage B alone after new encoder weights. Who changes this code has to delete the work folder.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import errno
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -28,10 +29,22 @@ import torch
 from rich.console import Console
 
 from talksplat import avatar as bundle
-from talksplat import clock
+from talksplat import clock, splat
 from talksplat.avatar import BLINK, PROFILES, WEIGHTS, AnyAvatar, Avatar, BundleError, Huma1Avatar
 from talksplat.bench._report import commit
-from talksplat_export import audio_encoder, checks, geometry, huma1_fit, plates, report, stage_a, stage_b, steps, track
+from talksplat_export import (
+    audio_encoder,
+    checks,
+    geometry,
+    huma1_fit,
+    plates,
+    refinement,
+    report,
+    stage_a,
+    stage_b,
+    steps,
+    track,
+)
 from talksplat_export.checks import Finding, Looks, Severity
 from talksplat_export.geometry import Float32
 from talksplat_export.quality import DRIVERS, Subject
@@ -41,10 +54,12 @@ from talksplat_export.steps import Steps
 from talksplat_export.track import Detections, Landmarker, Track, TrackError
 
 MOST_TRAINING, LEAST_TEST, TEST_SHARE = 150.0, 35.0, 0.25  # seconds, seconds, of a recording
+ROUGH_SHARE = 0.25  # of stage A's steps, as many come before the track is refined
 MIN_SECONDS = 2  # to fit to; a person worth looking at needs a minute
 GEOMETRY_FRAMES = 1500  # that landmarks are triangulated from, at most
 LOOKS, DETECTIONS, TRACK = "looks.npz", "detections.npz", "track.npz"
 CROPS, CHECKPOINT, LOSSES, GAUSSIANS = "crops", "stage_a.pt", "losses.json", "gaussians.safetensors"
+ROUGH, REFINED = "rough.pt", "refined.npz"
 ADAPTER, NET = "adapter.safetensors", "huma1.safetensors"
 
 
@@ -130,7 +145,11 @@ def fit(
         fitted = _huma1(recording, tracked, weights, training, settings, done)
         kind, encoder = Huma1Avatar, huma1_fit.SPEECH_ENCODER
     else:
-        canonical, bases, basis_scales = _stage_a(recording, tracked, weights, training, settings, done)
+        rough = ROUGH if model is not None else ""
+        if rough:
+            tracked = _refined(recording, tracked, basis, training, settings, done)
+            train, weights = tracked[:training], geometry.frame_weights(tracked, basis)
+        canonical, bases, basis_scales = _stage_a(recording, tracked, weights, training, settings, done, rough)
         adapter = _stage_b(recording.audio, train, weights[:training], settings, done)
         fitted = {"canonical": canonical, "bases": bases, "basis_scales": basis_scales, **asdict(adapter)}
         kind, encoder = Avatar, sha256(audio_encoder.WEIGHTS)
@@ -189,9 +208,12 @@ def _plan(recording: Recording, settings: Settings, model: Path | None) -> dict[
             {"hear": 0.01 * training * (huma1_fit.DEGRADED + 1), **huma1_fit.Counts.of(settings.steps).plan()}
             if settings.profile == Huma1Avatar.profile
             else {
+                "rough": ROUGH_SHARE * settings.steps * (0.05 + 0.2 * area) * tracking,
+                "refine": training * (0.02 + 0.06 * area) * tracking,
                 "stage A": settings.steps * (0.05 + 0.2 * area),
                 "hear": 0.0025 * training * (settings.degraded + 1),
                 "stage B": 15.0,
+                "refine to report": (frames - training) * (0.02 + 0.06 * area) * tracking,
                 "report": 0.08 * (frames - training),
             }
         ),
@@ -256,10 +278,17 @@ def _stage_a(
     training: int,
     settings: Settings,
     done: Steps,
+    rough: str = "",
 ) -> tuple[Float32, Any, Float32]:
-    train = tracked[:training]
+    """Fit Gaussians; returns ``canonical``, ``bases`` and ``basis_scales``.
+
+    Args:
+        rough: name of the state of a first fit to go on from.
+    """
     folder = done.folder
-    key = done.key(_split_key(recording, training, done), settings.gaussians, settings.steps, settings.seed)
+    key = done.key(
+        _split_key(recording, training, done), settings.gaussians, settings.steps, settings.seed, _made(folder, rough)
+    )
     if done.is_done("stage A", key):
         done.skipped("split")
         done.skipped("stage A")
@@ -268,26 +297,74 @@ def _stage_a(
 
     crops, canonical, motion = _seeds(recording, tracked, weights, training, settings, done)
     head = stage_a.Head(canonical, motion)
+    if rough:
+        head.load_state_dict(torch.load(folder / rough, weights_only=True)["head"])
     with done.running("stage A", key, settings.steps, [GAUSSIANS, LOSSES], kept=CHECKPOINT) as advance:
         _drop_damaged(folder / CHECKPOINT, lambda path: torch.load(path, weights_only=True), done.console)
-        losses = stage_a.fit(
-            head,
-            crops,
-            train,
-            weights,
-            stage_a.sampling(train),
-            settings.steps,
-            settings.seed,
-            folder / CHECKPOINT,
-            lambda progress: advance(progress.step),
-            torch.device(settings.device),
-        )
+        losses = _fitted(head, crops, tracked[:training], weights, settings, folder / CHECKPOINT, advance)
         steps.write(folder / LOSSES, json.dumps([round(loss, 5) for loss in losses]).encode())
         canonical, bases, scales = head.quantised()
         arrays = {"canonical": canonical, "bases": bases, "basis_scales": scales}
         steps.write(folder / GAUSSIANS, safetensors.numpy.save(arrays))
     shutil.rmtree(folder / CROPS)  # a gigabyte that a minute makes anew
     return canonical, bases, scales
+
+
+def _made(folder: Path, *names: str) -> str:
+    """Digests of files that earlier steps left."""
+    return " ".join(sha256(folder / name) for name in names if name)
+
+
+def _fitted(
+    head: stage_a.Head,
+    crops: stage_a.Crops,
+    train: Track,
+    weights: Float32,
+    settings: Settings,
+    checkpoint: Path,
+    advance: Callable[[int], object],
+) -> list[float]:
+    """Train a head by the settings; returns the losses."""
+    return stage_a.fit(
+        head,
+        crops,
+        train,
+        weights,
+        stage_a.sampling(train),
+        settings.steps,
+        settings.seed,
+        checkpoint,
+        lambda progress: advance(progress.step),
+        torch.device(settings.device),
+    )
+
+
+def _refined(
+    recording: Recording, tracked: Track, basis: Float32, training: int, settings: Settings, done: Steps
+) -> Track:
+    """The track, refined in the frames that are fitted to by the Gaussians of a first fit."""
+    folder = done.folder
+    first = replace(settings, steps=max(round(ROUGH_SHARE * settings.steps), 1))
+    key = done.key(_split_key(recording, training, done), settings.gaussians, first.steps, settings.seed)
+    weights = geometry.frame_weights(tracked, basis)
+    if done.is_done("rough", key):
+        done.skipped("rough")
+    else:
+        crops, canonical, motion = _seeds(recording, tracked, weights, training, settings, done)
+        head = stage_a.Head(canonical, motion)
+        with done.running("rough", key, first.steps, [ROUGH], kept=CHECKPOINT) as advance:
+            _drop_damaged(folder / CHECKPOINT, lambda path: torch.load(path, weights_only=True), done.console)
+            _fitted(head, crops, tracked[:training], weights, first, folder / CHECKPOINT, advance)
+            os.replace(folder / CHECKPOINT, folder / ROUGH)
+    key = done.key(key, _made(folder, ROUGH, TRACK))
+    if done.is_done("refine", key):
+        done.skipped("refine")
+    else:
+        state = torch.load(folder / ROUGH, weights_only=True)["head"]
+        shapes = splat.Blendshapes(*stage_a.Head.of(state).quantised())
+        with done.running("refine", key, training, [REFINED]) as advance:
+            refinement.refine(recording, tracked, basis, shapes, range(training), advance).save(folder / REFINED)
+    return Track.load(folder / REFINED)
 
 
 def _split_key(recording: Recording, training: int, done: Steps) -> str:
@@ -397,6 +474,9 @@ def _report(
     subject = Subject(avatar, recording, tracked, stage_b.hear(recording.audio, len(tracked)))
     losses = json.loads((done.folder / LOSSES).read_text())
     key = done.key(avatar.provenance["seconds"])
+    if model is not None:
+        with done.running("refine to report", key, len(subject.test), []) as advance:
+            subject = subject.refined(advance)
     with (
         Landmarker(model) if model is not None else nullcontext() as landmarker,
         done.running("report", key, len(subject.test) * len(DRIVERS), [report.NAME]) as advance,
@@ -437,7 +517,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     setting("max_size", "pixels a side, at most; ")
     setting("gaussians")
     setting("steps", "of stage A; ")
-    setting("plates")
+    setting("plates", "at most; ")
     setting("megabytes", "of the bundle, at most; ")
     setting("seed")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,6 +6,10 @@ plate, and compared with the recorded frame; so poses, blinks and plates come fr
 rows: ``driven_by`` "coefficients" takes what the track says the mouth does, "audio" nothing but what the audio
 encoder, the avatar's adapter and the voice activity's gate make of the sound.
 
+A track that is no ground truth comes from the pixels of the test frames, which is what tracking is: landmarks and
+blendshapes by MediaPipe, then poses, coefficients and blinks by `refinement`, which looks for those with which the
+avatar draws the recorded frame best. The Gaussians and their bases have never seen a test frame.
+
 ====================== ================================================================================================
 ``face_psnr_db``       peak signal-to-noise ratio in the face crop, mean of all frames; the crop is the box around all
                        landmarks, brows to chin, in all test frames
@@ -34,7 +38,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -49,7 +53,7 @@ from talksplat import splat
 from talksplat.animator import SPEECH_EDGES
 from talksplat.avatar import BLINK, AnyAvatar, Avatar, BundleError, UnknownAvatarError
 from talksplat.bench import _report
-from talksplat_export import bars, geometry, stage_b, track
+from talksplat_export import bars, geometry, refinement, stage_b, track
 from talksplat_export.geometry import Float32
 from talksplat_export.recording import Image, Recording, RecordingError
 from talksplat_export.stage_b import Adapter, Heard
@@ -113,6 +117,12 @@ class Subject(Comparison):
         if driven_by == "audio":
             weights[:, :BLINK] = Adapter(self.avatar.adapter_in, self.avatar.adapter_out)(self.heard)
         return weights
+
+    def refined(self, advance: Callable[[int], object] = lambda done: None) -> Subject:
+        """With a track that is refined in the test frames, by the avatar: the end of tracking, see `refinement`."""
+        basis = np.array(self.avatar.provenance["coefficient_basis"], np.float32)
+        track = refinement.refine(self.recording, self.track, basis, self.shapes, self.test, advance)
+        return replace(self, track=track)
 
     @cached_property
     def shapes(self) -> splat.Blendshapes:
@@ -270,6 +280,9 @@ def _run(args: argparse.Namespace) -> int:
         subject = _subject(avatar, recording, tracked)
         if not subject.test:
             raise RecordingError("The avatar was fitted to all frames of this recording: nothing is left to test with.")
+        if args.track is None and isinstance(subject, Subject):
+            with bars.shown(Console(), "refine", len(subject.test)) as advance:
+                subject = subject.refined(advance)
         rows = []
         with Landmarker(model) if model is not None else nullcontext() as landmarker:
             for driven_by in subject.drivers:

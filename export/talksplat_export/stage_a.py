@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
-from talksplat.avatar import WEIGHTS
+from talksplat.avatar import ATTRIBUTES, WEIGHTS
 from talksplat_export import splat_torch
 from talksplat_export.geometry import Region, project
 from talksplat_export.recording import Recording
@@ -176,6 +176,14 @@ class Head(nn.Module):
             if name == "means":
                 bases[:] = torch.from_numpy(motion.reshape(WEIGHTS, -1))
             self.rest[name], self.bases[name] = nn.Parameter(rest), nn.Parameter(bases)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> Head:
+        """Of a state that `fit` saved."""
+        count = len(state["rest.opacities"])
+        head = cls(np.zeros((ATTRIBUTES, count), np.float32), np.zeros((WEIGHTS, 3, count), np.float32))
+        head.load_state_dict(state)
+        return head
 
     def forward(self, weights: Tensor) -> Gaussians:  # [F, 21]
         """Means, quats, scales, opacities, colors of each frame, as the rasterizer takes them."""
