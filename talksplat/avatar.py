@@ -96,6 +96,10 @@ class ProfileError(BundleError):
     """The bundle is sound, but of another profile than the one that was asked for."""
 
 
+class SpeechEncoderError(BundleError):
+    """The bundle is sound, but it was fitted to another speech encoder than the one that is used."""
+
+
 class UnknownAvatarError(LookupError):
     """There is no avatar of that id."""
 
@@ -119,7 +123,7 @@ class AnyAvatar:
     K: Float32  # [3, 3] pixels
     width: int
     height: int
-    audio_encoder: str  # SHA-256 of the weights of the audio encoder that it was fitted to
+    audio_encoder: str  # that it was fitted to: SHA-256 of its weights; of the profile "huma1", ":" and the layer
     fps: int = clock.FPS
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -206,6 +210,14 @@ class Huma1Avatar(AnyAvatar):
     def deformation(self) -> dict[str, Float32]:
         """The personal net by the names of `HUMA1_WEIGHTS`."""
         return {name: getattr(self, name) for name in HUMA1_WEIGHTS}
+
+    def require_encoder(self, used: str) -> None:
+        """Raise SpeechEncoderError if the avatar is to be driven by another encoder than it was fitted to."""
+        if self.audio_encoder != used:
+            raise SpeechEncoderError(
+                f"avatar {self.id!r} was fitted to another speech encoder, or another layer of it, than the one in "
+                "use: fit it again, or export Moonshine base (`talksplat-export models --asr base`) if not"
+            )
 
 
 PROFILES: Mapping[str, type[AnyAvatar]] = {kind.profile: kind for kind in (Avatar, Huma1Avatar)}

@@ -29,14 +29,15 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import tritonclient.grpc as triton
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from talksplat import avatar as bundle
 from talksplat import clock
@@ -139,7 +140,8 @@ class Server:
         self._stubs: list[psutil.Process] = []
         self._temporary: Path | None = None
         self._log: _Log | None = None
-        self._canary_avatar: tuple[str, object] | None = None  # and the version that was sound
+        # whether a version of an avatar is sound and of a profile
+        self._looked_at: dict[tuple[type[bundle.AnyAvatar], str], tuple[object, bool]] = {}
         # of shared memory and temporary folder: by the launcher's id a later one knows what a killed one has left
         self._prefix = f"talksplat-{os.getpid()}-{ports.grpc}-"
 
@@ -223,37 +225,38 @@ class Server:
         return total
 
     def canary(self, timeout: float) -> None:
-        """Send a real request, from audio to text and frames.
+        """Send a real request, from audio to text and frames, and one to the ensemble of each other profile.
 
-        Without a sound avatar only the speech recognition can be asked.
+        Without a sound avatar only the speech recognition can be asked, and a profile without one is left out.
 
         Raises:
             NotServingError: no answer within ``timeout`` seconds, or an error for an answer.
         """
-        avatar_id = self._sound_avatar()
-        audio = triton.InferInput("AUDIO", [clock.CHUNK_SAMPLES], "FP32")
-        audio.set_data_from_numpy(np.zeros(clock.CHUNK_SAMPLES, np.float32))
-        inputs, model = [audio], "transcribe"
-        if avatar_id is not None:
-            name, index = triton.InferInput("AVATAR", [1], "BYTES"), triton.InferInput("FRAME_INDEX", [1], "INT64")
-            name.set_data_from_numpy(np.array([avatar_id.encode()], np.object_))
-            index.set_data_from_numpy(np.zeros(1, np.int64))
-            inputs, model = [audio, name, index], "speech_to_animation"
-        try:
-            with triton.InferenceServerClient(self.grpc_url, channel_args=NO_PROXY) as client:
-                client.infer(model, inputs, client_timeout=timeout)
-        except InferenceServerException as error:
-            raise NotServingError(f"The canary through {model} failed: {error.message()}") from error
+        avatar_id, huma1_id = self._sound_avatar(bundle.Avatar), self._sound_avatar(bundle.Huma1Avatar)
+        with triton.InferenceServerClient(self.grpc_url, channel_args=NO_PROXY) as client:
+            if avatar_id is None:
+                _ask(client, "transcribe", {"AUDIO": _SILENCE}, timeout)
+            else:
+                _ask(client, "speech_to_animation", {"AUDIO": _SILENCE, **_first_frame(avatar_id)}, timeout)
+            if huma1_id is not None:
+                chunk = {"AUDIO": np.zeros(clock.WINDOW, np.float32), **_first_frame(huma1_id)}
+                batch = {name: array[None] for name, array in chunk.items()}
+                # who refuses an avatar answers: it may have been fitted to another speech encoder
+                _ask(client, bundle.Huma1Avatar.model, batch, timeout, may_refuse=True)
 
-    def _sound_avatar(self) -> str | None:
-        """An avatar that can be read: a broken bundle must not make a server look broken."""
+    def _sound_avatar(self, kind: type[bundle.AnyAvatar]) -> str | None:
+        """An avatar of a profile that can be read: a broken bundle must not make a server look broken."""
         for avatar_id in bundle.available(self.avatars):
             with contextlib.suppress(bundle.BundleError, bundle.UnknownAvatarError):
-                candidate = (avatar_id, bundle.version(self.avatars, avatar_id))
-                if candidate != self._canary_avatar:
-                    bundle.read(self.avatars, avatar_id)
-                    self._canary_avatar = candidate
-                return avatar_id
+                version = bundle.version(self.avatars, avatar_id)
+                known, is_sound = self._looked_at.get((kind, avatar_id), (None, False))
+                if known != version:
+                    self._looked_at[kind, avatar_id] = version, False
+                    bundle.read(self.avatars, avatar_id, kind)
+                    is_sound = True
+                    self._looked_at[kind, avatar_id] = version, is_sound
+                if is_sound:
+                    return avatar_id
         return None
 
     def _launch(self, wheel: _Wheel) -> None:
@@ -340,6 +343,33 @@ class Server:
 
 
 _EXIT_SECONDS = 5  # that requests which run get to end when the server is told to stop
+
+
+_SILENCE = np.zeros(clock.CHUNK_SAMPLES, np.float32)
+
+
+def _first_frame(avatar_id: str) -> dict[str, npt.NDArray[Any]]:
+    return {"AVATAR": np.array([avatar_id.encode()], np.object_), "FRAME_INDEX": np.zeros(1, np.int64)}
+
+
+def _ask(
+    client: triton.InferenceServerClient,
+    model: str,
+    arrays: dict[str, npt.NDArray[Any]],
+    timeout: float,
+    *,
+    may_refuse: bool = False,
+) -> None:
+    inputs = [
+        triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)).set_data_from_numpy(array)
+        for name, array in arrays.items()
+    ]
+    try:
+        client.infer(model, inputs, client_timeout=timeout)
+    except InferenceServerException as error:
+        if may_refuse and error.status() == "StatusCode.INVALID_ARGUMENT":
+            return
+        raise NotServingError(f"The canary through {model} failed: {error.message()}") from error
 
 
 @dataclass(frozen=True)

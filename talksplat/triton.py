@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from talksplat.avatar import ProfileError, UnknownAvatarError
+from talksplat.avatar import ProfileError, SpeechEncoderError, UnknownAvatarError
 from talksplat.framing import RequestError
 
 
@@ -27,6 +28,15 @@ def avatar_ids(request: Any) -> list[str]:
     return [avatar_id.decode(errors="replace") for avatar_id in array(request, "AVATAR")[:, 0]]
 
 
+def asks_to_unload(request: Any) -> bool:
+    """Whether the rasterizer passes on that its avatars are to be forgotten.
+
+    A request of an ensemble has more inputs than AVATAR; an operation in it is the rasterizer's to refuse.
+    """
+    parameters = json.loads(request.parameters() or "{}")
+    return parameters.get("operation") == "unload" and len(request.inputs()) == 1
+
+
 def response(**outputs: Any) -> Any:
     """A response with these arrays."""
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, output) for name, output in outputs.items()])
@@ -34,7 +44,7 @@ def response(**outputs: Any) -> Any:
 
 def failure(error: Exception) -> Any:
     """The response that tells a client about an error, in a sentence."""
-    if isinstance(error, RequestError | ProfileError):
+    if isinstance(error, RequestError | ProfileError | SpeechEncoderError):
         code = pb_utils.TritonError.INVALID_ARG
     elif isinstance(error, UnknownAvatarError):
         code = pb_utils.TritonError.NOT_FOUND

@@ -5,9 +5,12 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from talksplat import avatar as bundle
 from talksplat.avatar import Avatar, Huma1Avatar
+from talksplat.server import ROOT
 
 COLORS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.2), "blue": (0.1, 0.2, 0.9)}
 
@@ -27,7 +30,9 @@ def make_avatar(avatar_id: str = "red", *, size: int = 64, gaussians: int = 300,
 def make_huma1_avatar(avatar_id: str, *, size: int = 64, gaussians: int = 300, plates: int = 5) -> Huma1Avatar:
     """The same of the profile huma1, deformed by a random net."""
     rng = np.random.default_rng(list(avatar_id.encode()))
+    config = text_format.Parse((ROOT / "model_repository" / "avatar_huma1" / "config.pbtxt").read_text(), ModelConfig())
     common = _common(avatar_id, size, gaussians, plates, rng)
+    common["audio_encoder"] = config.parameters["speech_encoder"].string_value
     coarse, fine = (
         rng.normal(1, 0.3, (3, bundle.TRIPLANE_CHANNELS, side, side)).astype(np.float16)
         for side in bundle.TRIPLANE_SIZES

@@ -84,9 +84,11 @@ def subject(avatar: AnyAvatar, recording: Recording, track: Track) -> Huma1Subje
 
     Raises:
         ProfileError: the avatar is of another profile.
+        SpeechEncoderError: it was fitted to another speech encoder.
     """
     if not isinstance(avatar, Huma1Avatar):
         raise ProfileError(f"avatar {avatar.id!r} is of the profile {avatar.profile}, not {Huma1Avatar.profile}")
+    avatar.require_encoder(huma1_fit.SPEECH_ENCODER)
     return Huma1Subject(avatar, recording, track, huma1_fit.hear([recording.audio], len(track), lambda _: None))
 
 

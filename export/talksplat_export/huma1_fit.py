@@ -62,7 +62,7 @@ PIECE_SECONDS = 8.0  # how long one chain of degradations lasts
 HEAR_BATCH = 16  # windows
 DEGRADED = 3  # versions of the audio, besides the recorded one
 HEARD = "heard.npz"
-SPEECH_ENCODER = moonshine.WHEELS["base"].encoder  # SHA-256 of its weights
+SPEECH_ENCODER = moonshine.encoder_id(moonshine.WHEELS["base"].encoder)
 
 
 # --- the sound ---------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def hear(audios: Sequence[Float32], frames: int, advance: Callable[[int], object
         with torch.inference_mode():
             for start in range(0, chunks, HEAR_BATCH):
                 batch = torch.from_numpy(windows[start : start + HEAR_BATCH].copy())
-                hidden[version, start : start + HEAR_BATCH] = encoder(batch).numpy()
+                hidden[version, start : start + HEAR_BATCH] = encoder(batch)[1].numpy()
                 probabilities.append(detector(batch))
         speech[version] = torch.cat(probabilities).reshape(-1).numpy()[early : early + frames]
         advance(version + 1)

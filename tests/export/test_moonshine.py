@@ -1,5 +1,6 @@
 """The exported recogniser against torch, and torch against the files that the wheels carry."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -119,7 +120,7 @@ def download(tmp_path: Path) -> Path:
 
 def test_a_downloaded_model_is_exported_like_a_wheels(download: Path, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
-    for name in ("asr_encoder", "asr_decoder"):
+    for name in ("asr_encoder", "asr_decoder", "avatar_huma1"):
         (repository / name).mkdir(parents=True)
         text = (ROOT / "model_repository" / name / "config.pbtxt").read_text()
         (repository / name / "config.pbtxt").write_text(text)
@@ -137,9 +138,12 @@ def test_a_downloaded_model_is_exported_like_a_wheels(download: Path, tmp_path: 
     config = text_format.Parse((repository / "asr_encoder" / "config.pbtxt").read_text(), ModelConfig())
     assert {tensor.name: list(tensor.dims) for tensor in config.output} == {
         "CROSS_KV": [2, 1, 8, -1, 36],
-        "HIDDEN": [-1, 288],
+        "HIDDEN": [-1, 416],  # as Huma 1's net wants it, with zeros: a server of tiny starts, and refuses its avatars
         "WINDOW": [-1],
     }
+    config = text_format.Parse((repository / "avatar_huma1" / "config.pbtxt").read_text(), ModelConfig())
+    used = hashlib.sha256((download / "model.safetensors").read_bytes()).hexdigest()
+    assert config.parameters["speech_encoder"].string_value == moonshine.encoder_id(used)
 
 
 def test_a_config_that_fits_keeps_its_comments(base: moonshine.Moonshine, tmp_path: Path) -> None:
@@ -148,6 +152,25 @@ def test_a_config_that_fits_keeps_its_comments(base: moonshine.Moonshine, tmp_pa
     path.write_text(text)
     moonshine._resize(path, base)
     assert path.read_text() == text
+
+
+def test_hidden_is_what_the_layers_so_far_hear(base: moonshine.Moonshine, clip: Float32) -> None:
+    """As an encoder with fewer layers has it at its end, whose norm is the plain one."""
+    encoder = moonshine.Encoder(base.width, hidden=1664, layers=moonshine.HIDDEN_LAYERS)
+    own = encoder.state_dict()
+    encoder.load_state_dict({name: tensor for name, tensor in base.model.encoder.state_dict().items() if name in own})
+    torch.nn.init.ones_(encoder.layer_norm.weight)
+    sound = torch.from_numpy(clip)
+    with torch.inference_mode():
+        frames, hidden = base.model.encoder(sound)
+        torch.testing.assert_close(encoder(sound)[0], hidden)
+    assert (frames - hidden).abs().mean() > 0.1  # not what the recogniser gets
+
+
+def test_avatars_are_served_with_the_encoder_that_they_are_fitted_to() -> None:
+    config = (ROOT / "model_repository" / "avatar_huma1" / "config.pbtxt").read_text()
+    served = text_format.Parse(config, ModelConfig()).parameters["speech_encoder"].string_value
+    assert served == moonshine.encoder_id(moonshine.WHEELS["base"].encoder)
 
 
 def test_names_are_those_of_the_hub(base: moonshine.Moonshine) -> None:

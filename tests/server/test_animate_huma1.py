@@ -1,8 +1,10 @@
 """The profile huma1: its tables, its frames, and `animate_huma1` through the real server."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from tritonclient.utils import InferenceServerException
 
 from talksplat import avatar as bundle
 from talksplat import clock, framing, splat, triplanes
+from talksplat import server as server_module
 from talksplat.animator import Animator, Chunk, Options, blink, plate_index
 from talksplat.framing import RequestError
-from talksplat.server import ROOT, Server
+from talksplat.server import ROOT, Ports, Server
 from talksplat_client import Client
 
 VIOLET, GREY, RED = "violet", "grey", "red"
@@ -217,6 +220,76 @@ def test_an_avatar_of_another_profile_is_refused_with_the_model_to_ask(
         animate(client, windows[:1], [avatar], model)
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
     server.canary(20)
+
+
+def test_unloading_forgets_the_table_and_the_net_too(client: triton.InferenceServerClient, server: Server) -> None:
+    """A file that is damaged while the manifest stays as it was is only noticed when it is read anew."""
+    folder = bundle.write(make_huma1_avatar("guest"), server.avatars)
+    name = tensor("AVATAR", np.array([[b"guest"]], np.object_), "BYTES")
+    try:
+        operate(client, "preload", "guest")
+        (folder / "deformation.safetensors").write_bytes(b"damaged")
+        client.infer("avatar_huma1", [name])
+        operate(client, "unload", "guest")
+        with pytest.raises(InferenceServerException, match=r"deformation\.safetensors is 7 bytes"):
+            client.infer("avatar_huma1", [name])
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_who_animates_can_not_unload(client: triton.InferenceServerClient, windows: Any) -> None:
+    inputs = [
+        tensor("AUDIO", windows[:1], "FP32"),
+        tensor("AVATAR", np.array([[VIOLET.encode()]], np.object_), "BYTES"),
+        tensor("FRAME_INDEX", np.zeros((1, 1), np.int64), "INT64"),
+    ]
+    with pytest.raises(InferenceServerException, match="An operation takes AVATAR alone"):
+        client.infer("animate_huma1", inputs, parameters={"operation": "unload"}, client_timeout=60)
+
+
+def test_an_avatar_of_another_speech_encoder_is_refused(
+    client: triton.InferenceServerClient, server: Server, windows: Any
+) -> None:
+    """It would move somehow: what another layer, or another size of the recogniser, hears means nothing to it."""
+    other = replace(make_huma1_avatar("aged"), audio_encoder="9" * 64)
+    folder = bundle.write(other, server.avatars)
+    try:
+        for ask in (lambda: operate(client, "preload", "aged"), lambda: animate(client, windows[:1], ["aged"])):
+            with pytest.raises(InferenceServerException, match="was fitted to another speech encoder") as caught:
+                ask()
+        assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+        loaded = {each["id"]: each["loaded"] for each in operate(client, "list", "aged")["avatars"]}
+        assert loaded["aged"] is False
+        server.canary(20)  # "aged" is the first of its profile
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("avatars", "asked"),
+    [
+        ([], {"transcribe": None}),
+        ([RED], {"speech_to_animation": RED}),
+        ([RED, VIOLET], {"speech_to_animation": RED, "animate_huma1": VIOLET}),
+        ([VIOLET], {"transcribe": None, "animate_huma1": VIOLET}),
+        (["broken", VIOLET], {"transcribe": None, "animate_huma1": VIOLET}),
+    ],
+)
+def test_the_canary_goes_through_each_profile_that_is_there(
+    avatars: list[str], asked: dict[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for avatar_id in avatars:
+        folder = bundle.write((make_avatar if avatar_id == RED else make_huma1_avatar)(avatar_id), tmp_path)
+        if avatar_id == "broken":
+            (folder / "triplanes.safetensors").write_bytes(b"")
+    found: dict[str, str | None] = {}
+
+    def ask(_: Any, model: str, arrays: dict[str, Any], timeout: float, **__: Any) -> None:
+        found[model] = arrays["AVATAR"].item().decode() if "AVATAR" in arrays else None
+
+    monkeypatch.setattr(server_module, "_ask", ask)
+    Server(avatars=tmp_path, ports=Ports.free()).canary(1)
+    assert found == asked
 
 
 def test_an_unknown_avatar_is_not_found(client: triton.InferenceServerClient, windows: Any) -> None:

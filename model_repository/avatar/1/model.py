@@ -11,7 +11,7 @@ import numpy as np
 
 from talksplat import avatar as bundle
 from talksplat.cache import AvatarCache
-from talksplat.triton import avatar_ids, failure, response
+from talksplat.triton import asks_to_unload, avatar_ids, failure, response
 
 CACHE_BYTES = 64 << 20  # some 1700 heads
 
@@ -34,6 +34,10 @@ class TritonPythonModel:
 
     def _look_up(self, request: Any) -> Any:
         try:
+            if asks_to_unload(request):
+                for avatar_id in avatar_ids(request):
+                    self.heads.drop(avatar_id)
+                return response()
             heads = [self._head(avatar_id) for avatar_id in avatar_ids(request)]
         except Exception as error:
             return failure(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from talksplat import avatar as bundle
 from talksplat import triplanes
 from talksplat.cache import AvatarCache
-from talksplat.triton import avatar_ids, failure, response
+from talksplat.triton import asks_to_unload, avatar_ids, failure, response
 
 CACHE_BYTES = 256 << 20  # some 90 avatars
 
@@ -24,9 +25,10 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Nothing is read before it is asked for."""
+        self.encoder = json.loads(args["model_config"])["parameters"]["speech_encoder"]["string_value"]
         self.nets = AvatarCache(
             Path(os.environ["TALKSPLAT_AVATARS"]),
-            _load,
+            self._load,
             lambda tensors: sum(tensor.nbytes for tensor in tensors.values()),
             CACHE_BYTES,
         )
@@ -37,6 +39,10 @@ class TritonPythonModel:
 
     def _look_up(self, request: Any) -> Any:
         try:
+            if asks_to_unload(request):
+                for avatar_id in avatar_ids(request):
+                    self.nets.drop(avatar_id)
+                return response()
             nets = [self._net(avatar_id) for avatar_id in avatar_ids(request)]
             return response(**{name: np.stack([net[name] for net in nets]) for name in nets[0]})
         except Exception as error:
@@ -46,10 +52,10 @@ class TritonPythonModel:
         with self.nets.use(avatar_id) as net:
             return net
 
-
-def _load(root: Path, avatar_id: str) -> Tensors:
-    avatar = bundle.read(root, avatar_id, bundle.Huma1Avatar)
-    return {
-        "TABLE": triplanes.bake(avatar),
-        **{name.upper(): tensor for name, tensor in avatar.deformation.items()},
-    }
+    def _load(self, root: Path, avatar_id: str) -> Tensors:
+        avatar = bundle.read(root, avatar_id, bundle.Huma1Avatar)
+        avatar.require_encoder(self.encoder)
+        return {
+            "TABLE": triplanes.bake(avatar),
+            **{name.upper(): tensor for name, tensor in avatar.deformation.items()},
+        }

@@ -31,7 +31,7 @@ class TritonPythonModel:
         self.animator = Animator(root, avatar_bytes=avatar_bytes, plate_bytes=plate_bytes)
         self.operations: dict[str, Callable[[str], dict[str, Any]]] = {
             "preload": self._preload,
-            "unload": self.animator.unload,
+            "unload": self._unload,
             "list": lambda _: self.animator.catalogue(),
         }
 
@@ -70,25 +70,41 @@ class TritonPythonModel:
         report = self.animator.preload(avatar_id)
         if report["profile"] == Huma1Avatar.profile and not report["cached"]:
             began = time.perf_counter()
-            _warm_up_huma1(avatar_id)
+            try:
+                _warm_up_huma1(avatar_id)
+            except Exception:
+                self.animator.unload(avatar_id)  # it can't be animated
+                raise
             report["milliseconds"] += round(1e3 * (time.perf_counter() - began), 2)
+        return report
+
+    def _unload(self, avatar_id: str) -> dict[str, Any]:
+        report = self.animator.unload(avatar_id)
+        for model in ("avatar", "avatar_huma1"):
+            _ask(model, [_name(avatar_id)], [], {"operation": "unload"})
         return report
 
 
 def _warm_up_huma1(avatar_id: str) -> None:
     """Have the other processes of the profile bake the avatar's table and run the net once."""
-
-    def ask(model: str, inputs: list[Any], outputs: list[str]) -> list[Any]:
-        request = pb_utils.InferenceRequest(model_name=model, inputs=inputs, requested_output_names=outputs)
-        answer = request.exec()
-        if answer.has_error():
-            raise BundleError(answer.error().message())
-        return list(answer.output_tensors())
-
-    name = pb_utils.Tensor("AVATAR", np.array([[avatar_id.encode()]], np.object_))
-    baked = ask("avatar_huma1", [name], ["TABLE", *(weights.upper() for weights in HUMA1_WEIGHTS)])
+    baked = _ask("avatar_huma1", [_name(avatar_id)], ["TABLE", *(weights.upper() for weights in HUMA1_WEIGHTS)])
     silence = pb_utils.Tensor("HIDDEN", np.zeros((1, WINDOW_TOKENS, SPEECH_WIDTH), np.float32))
-    ask("deformation_huma1", [silence, *baked], ["OFFSETS"])
+    _ask("deformation_huma1", [silence, *baked], ["OFFSETS"])
+
+
+def _name(avatar_id: str) -> Any:
+    return pb_utils.Tensor("AVATAR", np.array([[avatar_id.encode()]], np.object_))
+
+
+def _ask(model: str, inputs: list[Any], outputs: list[str], parameters: dict[str, str] | None = None) -> list[Any]:
+    """The outputs of another model; raises BundleError for an error, whose code does not come along."""
+    request = pb_utils.InferenceRequest(
+        model_name=model, inputs=inputs, requested_output_names=outputs, parameters=parameters or {}
+    )
+    answer = request.exec()
+    if answer.has_error():
+        raise BundleError(answer.error().message())
+    return list(answer.output_tensors())
 
 
 def _chunks(request: Any, options: Options) -> list[Chunk]:
