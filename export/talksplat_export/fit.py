@@ -59,7 +59,7 @@ MIN_SECONDS = 2  # to fit to; a person worth looking at needs a minute
 GEOMETRY_FRAMES = 1500  # that landmarks are triangulated from, at most
 LOOKS, DETECTIONS, TRACK = "looks.npz", "detections.npz", "track.npz"
 CROPS, CHECKPOINT, LOSSES, GAUSSIANS = "crops", "stage_a.pt", "losses.json", "gaussians.safetensors"
-ROUGH, REFINED = "rough.pt", "refined.npz"
+ROUGH, REFINING, REFINED = "rough.pt", "refining.npz", "refined.npz"
 ADAPTER, NET = "adapter.safetensors", "huma1.safetensors"
 
 
@@ -362,8 +362,11 @@ def _refined(
     else:
         state = torch.load(folder / ROUGH, weights_only=True)["head"]
         shapes = splat.Blendshapes(*stage_a.Head.of(state).quantised())
-        with done.running("refine", key, training, [REFINED]) as advance:
-            refinement.refine(recording, tracked, basis, shapes, range(training), advance).save(folder / REFINED)
+        kept = folder / REFINING
+        with done.running("refine", key, training, [REFINED], kept=REFINING) as advance:
+            _drop_damaged(kept, refinement.Progress.load, done.console)
+            found = refinement.refine(recording, tracked, basis, shapes, range(training), advance, kept)
+            found.save(folder / REFINED)
     return Track.load(folder / REFINED)
 
 

@@ -10,8 +10,10 @@ that avatars are tested with may be refined like any other.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +21,9 @@ from scipy.spatial.transform import Rotation
 
 from talksplat import splat
 from talksplat.avatar import BLINK
-from talksplat_export import geometry
+from talksplat_export import _npz, geometry
 from talksplat_export.recording import Image, Recording
-from talksplat_export.track import Track
+from talksplat_export.track import KEEP_SECONDS, Track
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -34,6 +36,25 @@ POSE_PRIOR = 0.002  # and the pose's by a pixel
 ITERATIONS = 4
 
 
+@dataclass(eq=False)
+class Progress:
+    """How far a refinement got."""
+
+    done: int  # frames
+    viewmats: Float64  # [T, 4, 4]
+    weights: Float64  # [T, 21]
+
+    def save(self, path: Path) -> None:
+        """Write to ``path`` (.npz) in one step."""
+        _npz.save(self, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Progress:
+        """Read what `save` wrote."""
+        arrays = _npz.load(cls, path)
+        return cls(**{**arrays, "done": int(arrays["done"])})
+
+
 def refine(
     recording: Recording,
     track: Track,
@@ -41,6 +62,7 @@ def refine(
     shapes: splat.Blendshapes,
     frames: range,
     advance: Callable[[int], object] = lambda done: None,
+    kept: Path | None = None,
 ) -> Track:
     """The track with poses, expressions and blinks that the pixels of some frames agree about.
 
@@ -49,24 +71,38 @@ def refine(
             it can tell apart.
         frames: to be refined; those that were not ``seen``, and those that can't be improved, stay as they are.
         advance: called with the number of frames done.
+        kept: a file (.npz) of this very refinement to go on from; it is written twice a minute and on an interrupt.
     """
-    weights = geometry.frame_weights(track, basis).astype(np.float64)
-    viewmats = track.viewmats.astype(np.float64)
-    moving = np.flatnonzero(shapes.basis_scales.any(0) & weights.any(0))
+    tracked = geometry.frame_weights(track, basis)
+    if kept is not None and kept.exists():
+        found = Progress.load(kept)
+    else:
+        found = Progress(0, track.viewmats.astype(np.float64), tracked.astype(np.float64))
+    moving = np.flatnonzero(shapes.basis_scales.any(0) & tracked.any(0))
     means = shapes.canonical[:3].T.astype(np.float64)
-    for done, (index, image) in enumerate(zip(frames, recording.frames(frames.start, frames.stop), strict=True), 1):
-        crop, intrinsics = _cropped(means, viewmats[index], track.K, image)
-        if track.seen[index] and crop.size:
-            viewmats[index], weights[index] = _refined(
-                shapes, means, moving, viewmats[index], weights[index], intrinsics, crop
-            )
-        advance(done)
-    changed = weights - geometry.frame_weights(track, basis)
+    saved = time.monotonic()
+    left = frames[found.done :]
+    try:
+        for index, image in zip(left, recording.frames(left.start, left.stop), strict=True):
+            crop, intrinsics = _cropped(means, found.viewmats[index], track.K, image)
+            if track.seen[index] and crop.size:
+                found.viewmats[index], found.weights[index] = _refined(
+                    shapes, means, moving, found.viewmats[index], found.weights[index], intrinsics, crop
+                )
+            found.done += 1
+            advance(found.done)
+            if kept is not None and time.monotonic() - saved > KEEP_SECONDS:
+                found.save(kept)
+                saved = time.monotonic()
+    finally:
+        if kept is not None:
+            found.save(kept)
+    changed = found.weights - tracked
     return replace(
         track,
-        viewmats=viewmats.astype(np.float32),
+        viewmats=found.viewmats.astype(np.float32),
         expression=(track.expression + changed[:, :BLINK] @ np.linalg.pinv(basis)).astype(np.float32),
-        blink=weights[:, BLINK].astype(np.float32),
+        blink=found.weights[:, BLINK].astype(np.float32),
     )
 
 
