@@ -103,12 +103,12 @@ def blink(frame_index: int, seed: int = 0) -> float:
 
 
 def plate_index(frame_index: int, seed: int, plates: int) -> int:
-    """Which recorded frame lies behind: forth and back, from a place that the seed chooses."""
-    if plates == 1:
-        return 0
-    period = 2 * plates - 2
-    place = (frame_index + _random(seed, -1)) % period
-    return min(place, period - place)
+    """Which recorded frame lies behind: forth and back, from a place that the seed chooses.
+
+    The first and the last stay for two frames, so that the head stops before it turns back.
+    """
+    place = (frame_index + _random(seed, -1)) % (2 * plates)
+    return min(place, 2 * plates - 1 - place)
 
 
 def _random(seed: int, number: int) -> int:

@@ -9,6 +9,7 @@ from talksplat_export.recording import Recording
 from talksplat_export.track import Track
 
 NO_FACE = 100.0  # what a frame without a face costs; one with the mouth wide open costs 1
+HEAD_RADIUS = 0.1  # metres
 QUALITIES = range(92, 48, -2)  # of JPEG, best first
 
 
@@ -17,22 +18,30 @@ class PlatesError(ValueError):
 
 
 def choose(track: Track, count: int) -> range:
-    """The ``count`` consecutive frames that make the calmest loop.
+    """The consecutive frames that make the calmest loop: ``count`` of them, or up to a quarter less.
 
     Lips nearly shut and eyes open, so that little of the recorded face has to be covered; the head near its usual
-    pose. At both ends, where the loop turns back, most of all: the head nearly still, and no blink under way.
+    pose and without jerks. At both ends, where the loop turns back, most of all: the head nearly still, and no blink
+    under way.
     """
     count = min(count, len(track))
     opening = track.lip_opening / max(float(np.percentile(track.lip_opening, 99)), 1.0)
-    view = track.viewmats.reshape(len(track), 16)
-    away = np.linalg.norm(view - view.mean(0), axis=1)
-    speed = np.linalg.norm(np.gradient(view, axis=0), axis=1) if len(track) > 1 else np.zeros(1)
+    head = (track.viewmats[:, :3] * [HEAD_RADIUS, HEAD_RADIUS, HEAD_RADIUS, 1]).reshape(len(track), 12)  # metres
+    away = np.linalg.norm(head - head.mean(0), axis=1)
+    step = np.linalg.norm(np.diff(head, axis=0, prepend=head[:1]), axis=1)  # from the frame before
+    away, step = (distance / max(float(distance.mean()), 1e-9) for distance in (away, step))
     covered = opening.clip(0) + track.blink
-    cost = covered + away / max(float(away.mean()), 1e-9) * 0.2 + NO_FACE * ~track.seen
-    mean = np.convolve(cost, np.ones(count) / count, "valid")
-    turning = covered + speed / max(float(speed.mean()), 1e-9)
-    start = int(np.argmin(mean + 0.1 * (turning[: len(mean)] + turning[count - 1 :])))
-    return range(start, start + count)
+    cost = covered + 0.2 * away + 0.1 * step**2 + NO_FACE * ~track.seen
+    begin, end = covered + np.append(step[1:], 0), covered + step  # speed and blink where the loop turns
+
+    total = np.cumsum([0, *cost])
+    loops = []
+    for length in range(count - count // 4, count + 1):
+        mean = (total[length:] - total[: len(total) - length]) / length
+        price = mean + 0.1 * (begin[: len(mean)] + end[length - 1 :])
+        start = int(np.argmin(price))
+        loops.append((float(price[start]), range(start, start + length)))
+    return min(loops, key=lambda loop: loop[0])[1]
 
 
 def encode(recording: Recording, frames: range, budget: int) -> list[bytes]:

