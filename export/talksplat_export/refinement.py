@@ -3,9 +3,9 @@
 A tracker's blendshapes know little of pressed lips and narrowed eyes, and its pose errs by half a pixel; Gaussians that
 are fitted to such weights blur, and drawn with them they are off. So tracking ends with analysis by synthesis: each
 frame's pose and weights are changed until what is drawn differs least from what was recorded (Gauss-Newton, with
-derivatives from differences of drawn frames; the last derivatives serve all iterations of a frame, which is the chord
-method), with the tracker's own weights as prior. Only the track changes: no Gaussian learns anything here, so frames
-that avatars are tested with may be refined like any other.
+derivatives from differences of drawn frames, taken once a frame: the chord method), with the tracker's own weights as
+prior; then the poses are steadied. Only the track changes: no Gaussian learns anything here, so frames that avatars are
+tested with may be refined like any other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from talksplat import splat
 from talksplat.avatar import BLINK
 from talksplat_export import _npz, geometry
 from talksplat_export.recording import Image, Recording
-from talksplat_export.track import KEEP_SECONDS, Track
+from talksplat_export.track import KEEP_SECONDS, Track, steadied
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -98,6 +98,7 @@ def refine(
         if kept is not None:
             found.save(kept)
     changed = found.weights - tracked
+    found.viewmats[frames] = steadied(found.viewmats[frames])
     return replace(
         track,
         viewmats=found.viewmats.astype(np.float32),
