@@ -25,9 +25,14 @@ the same frames, which none of them was fitted to. What is finished in the work 
 ``flip``                    mean error of NVIDIA's FLIP (https://doi.org/10.1145/3406183) in the mouth's crop, every 8th
                             frame: what differs when the two pictures alternate. It stands in for LPIPS, whose networks
                             have to be downloaded: its package carries their last layers alone
-``r_...``                   correlation of the Gaussians' displacement with that of the clean signal, in test frames'
-                            sound: with noise at 10 dB SNR, 0.5 s of reverberation, 20 dB less, above 4 kHz nothing
+``r_...``                   of the generations: lip opening driven by degraded sound of the test frames, correlated
+                            with that by the clean one, as `robustness` has it: with white noise and with a babble of
+                            the speaker's own voice at 10 dB SNR, in a room of 0.5 s RT60, 20 dB too quiet, sampled at
+                            8 kHz. Baselines: not measured
 =========================== ===========================================================================================
+
+What is trained and what is measured of a contender is kept in the work folder until it, the recording, the machine or
+the code changes, so an interrupted comparison goes on from there.
 
 The 2D generator leaves everything above the nose as it was recorded, so its face crop is partly the recording: the
 mouth's crop compares.
@@ -36,6 +41,8 @@ mouth's crop compares.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import sys
 import tempfile
@@ -63,10 +70,11 @@ from talksplat import avatar as bundle
 from talksplat import clock, triplanes
 from talksplat.animator import Animator, Chunk, Options
 from talksplat.avatar import FEATURES, AnyAvatar, Avatar, BundleError, Huma1Avatar, UnknownAvatarError
-from talksplat.bench import _load, _report, _server, preload
+from talksplat.bench import _load, _report, preload
 from talksplat.bench._report import Row
-from talksplat.server import ROOT, Server, ServerError
+from talksplat.server import ROOT, Ports, Server, ServerError
 from talksplat_export import (
+    _npz,
     _onnx,
     audio_encoder,
     bars,
@@ -101,12 +109,15 @@ TIMED_SPAN = 4  # chunks apart
 STREAM_SECONDS = 6.0
 ROBUSTNESS_SECONDS = 16.0
 ROBUSTNESS = {
-    "r_noise_10_db": ("pink_noise", 10),
+    "r_noise_10_db": ("white_noise", 10),
+    "r_babble_10_db": ("babble", 10),
     "r_reverb_0_5_s": ("reverb", 0.5),
     "r_gain_minus_20_db": ("gain", -20),
-    "r_band_4_khz": ("band_limit", 4000),
+    "r_sampled_at_8_khz": ("band_limit", 4000),
 }
 FOLLOWED = 500  # Gaussians of a Huma 1 whose displacement is followed
+SOURCES = (".py", ".cpp", ".h", ".pbtxt", ".safetensors")  # suffixes of what a figure depends on
+MEASURING_SECONDS = 100.0  # of a contender, about
 PICTURE_WIDTH = 176  # pixels of one face in the picture
 PICTURE_BYTES = 300_000
 
@@ -153,8 +164,12 @@ class Contender(ABC):
         """Size, preload, first frame and memory."""
 
     @abstractmethod
-    def robust(self, audio: Float32) -> Row:
-        """Correlations under degradations of some speech [samples]."""
+    def robust(self, clean: Float32, degraded: Mapping[str, Float32]) -> Row:
+        """Correlations of what degraded versions of some speech [samples] do with what the speech does."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """Changes with what was fitted."""
 
 
 def mflop(compute: Callable[[], object]) -> float:
@@ -217,6 +232,7 @@ class Generation(Contender):
     def resources(self) -> Row:  # noqa: D102
         with self._served() as server, triton.InferenceServerClient(server.grpc_url) as client:
             before = _server_memory(server)
+            (server.avatars / self.avatar.id).symlink_to(self.folder.resolve(), target_is_directory=True)
             cold = [preload.operate(client, "preload", self.avatar.id)]
             timings = _load.drive(
                 server.grpc_url,
@@ -241,20 +257,24 @@ class Generation(Contender):
 
     @contextmanager
     def _served(self) -> Iterator[Server]:
-        """A fresh server of this avatar alone, wherever its bundle lies."""
-        with tempfile.TemporaryDirectory() as root:
-            (Path(root) / self.avatar.id).symlink_to(self.folder.resolve(), target_is_directory=True)
-            with _server.serving(self.avatar.id, Path(root)) as server:
-                yield server
+        """A fresh server without avatars: the first canary would load one."""
+        with (
+            tempfile.TemporaryDirectory() as root,
+            Server(repository=self.repository, avatars=Path(root), ports=Ports.free()) as server,
+        ):
+            yield server
 
-    def robust(self, audio: Float32) -> Row:  # noqa: D102
+    def robust(self, clean: Float32, degraded: Mapping[str, Float32]) -> Row:  # noqa: D102
         follow = _displacement(self.avatar)
-        clean, row = follow(audio), {}
-        known = {(each.name, each.level): each for each in robustness.DEGRADATIONS}
-        for column, wanted in ROBUSTNESS.items():
-            spoilt = known[wanted].apply(audio, audio[::-1].copy(), np.random.default_rng(0))
-            row[column] = round(robustness.pooled_r(clean, follow(spoilt)), 3)
-        return dict(row)
+        moved = follow(clean)
+        opening = robustness.Opening.of(moved)
+        return {
+            name: round(float(np.corrcoef(opening(moved), opening(follow(audio)))[0, 1]), 3)
+            for name, audio in degraded.items()
+        }
+
+    def digest(self) -> str:  # noqa: D102
+        return "".join(fit.sha256(path) for path in sorted(self.folder.iterdir()) if path.suffix != ".json")
 
 
 def _huma1_cost(avatar: Huma1Avatar) -> Cost:
@@ -412,8 +432,11 @@ class Other(Contender):
             "memory_mb": round(memory / 1e6, 1),
         }
 
-    def robust(self, audio: Float32) -> Row:  # noqa: D102
-        return dict.fromkeys(ROBUSTNESS)
+    def robust(self, clean: Float32, degraded: Mapping[str, Float32]) -> Row:  # noqa: D102
+        return dict.fromkeys(degraded)
+
+    def digest(self) -> str:  # noqa: D102
+        return fit.sha256(self.weights)
 
 
 def _loaded(baseline: Baseline, weights: Path, index: int, recorded: Image) -> tuple[float, int]:
@@ -450,48 +473,95 @@ class Perception:
         return float(np.mean(self._errors))
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A contender's figures, and the faces of the frames that are shown."""
+
+    row: npt.NDArray[np.str_]  # as JSON
+    recorded: npt.NDArray[np.uint8]  # [F, H, W, 3]
+    drawn: npt.NDArray[np.uint8]
+
+
 def table(
-    contenders: Sequence[Contender], landmarker: Landmarker | None, picture: Path | None, console: Console
+    contenders: Sequence[Contender], landmarker: Landmarker, picture: Path | None, done: Steps, code: str
 ) -> list[Row]:
     """All figures of all contenders, and the picture of some frames.
 
     Args:
-        landmarker: measures landmarks on pixels; without one the baselines' would be missing.
+        done: keeps what is measured.
+        code: a digest of what measures.
     """
-    first = contenders[0].subject
-    picked = notable(first)
-    face = first.box((*first.track.layout.brows, *first.track.layout.jaw, *first.track.layout.mouth), margin=12)
-    shown: dict[int, list[Image]] = {}
-    rows: list[Row] = []
-    for contender in contenders:
-        subject = contender.subject
-        perceived = Perception(subject.box(subject.track.layout.mouth, MOUTH_MARGIN))
-
-        def observe(
-            index: int, recorded: Image, drawn: Image, perceived: Perception = perceived, subject: Comparison = subject
-        ) -> None:
-            if (index - subject.test.start) % FLIP_EVERY == 0:
-                perceived(recorded, drawn)
-            if index in picked:
-                shown.setdefault(index, [recorded[face]]).append(drawn[face])
-
-        row: Row = {"family": contender.name}
-        minutes = contender.train_minutes
-        row["train_minutes"] = None if minutes is None else round(minutes, 1)
-        row |= contender.cost().row()
-        row |= contender.resources()
-        row |= frame_times(contender)
-        with bars.shown(console, contender.name, len(subject.test)) as advance:
-            row |= quality.measure(subject, "audio", landmarker, advance, observe)
-        row["flip"] = round(perceived.mean, 4)
-        seconds = slice(subject.test.start * clock.SAMPLES_PER_FRAME, None)
-        speech = subject.recording.audio[seconds][: int(ROBUSTNESS_SECONDS * clock.SAMPLE_RATE)]
-        row |= contender.robust(speech)
-        rows.append(row)
+    every = [_measured(contender, landmarker, done, code) for contender in contenders]
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        picture.write_bytes(side_by_side([shown[index] for index in picked]))
+        columns = [every[0].recorded, *(each.drawn for each in every)]
+        picture.write_bytes(side_by_side(list(zip(*columns, strict=True))))
+    rows: list[Row] = []
+    for contender, each in zip(contenders, every, strict=True):
+        minutes = contender.train_minutes
+        rows.append({"family": contender.name, "train_minutes": None if minutes is None else round(minutes, 1)})
+        rows[-1] |= json.loads(str(each.row))
     return rows
+
+
+def _measured(contender: Contender, landmarker: Landmarker, done: Steps, code: str) -> Measured:
+    subject = contender.subject
+    name, test = f"measure {contender.name}", subject.test
+    path = done.folder / f"{name.replace(' ', '-')}.npz"
+    arrays = (subject.track.landmarks, subject.track.viewmats)
+    tracked = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
+    key = done.key(code, _report.machine(), contender.digest(), subject.recording.sha256, tracked, test)
+    if done.is_done(name, key):
+        done.skipped(name)
+    else:
+        with done.running(name, key, len(test), [path.name]) as advance:
+            _npz.save(_measure(contender, landmarker, advance), path)
+    return Measured(**_npz.load(Measured, path))
+
+
+def _measure(contender: Contender, landmarker: Landmarker, advance: Callable[[int], object]) -> Measured:
+    subject = contender.subject
+    picked, layout = notable(subject), subject.track.layout
+    face = subject.box((*layout.brows, *layout.jaw, *layout.mouth), margin=12)
+    perceived = Perception(subject.box(layout.mouth, MOUTH_MARGIN))
+    shown: dict[int, tuple[Image, Image]] = {}
+
+    def observe(index: int, recorded: Image, drawn: Image) -> None:
+        if (index - subject.test.start) % FLIP_EVERY == 0:
+            perceived(recorded, drawn)
+        if index in picked:
+            shown[index] = recorded[face].copy(), drawn[face].copy()
+
+    row = contender.cost().row() | contender.resources() | frame_times(contender)
+    row |= quality.measure(subject, "audio", landmarker, advance, observe)
+    row["flip"] = round(perceived.mean, 4)
+    audio, start = subject.recording.audio, subject.test.start * clock.SAMPLES_PER_FRAME
+    clean = audio[start:][: int(ROBUSTNESS_SECONDS * clock.SAMPLE_RATE)]
+    row |= contender.robust(clean, degraded(clean, audio[:start]))
+    recorded, drawn = (np.stack(side) for side in zip(*(shown[index] for index in picked), strict=True))
+    return Measured(np.array(json.dumps(row)), recorded, drawn)
+
+
+def degraded(clean: Float32, other: Float32) -> dict[str, Float32]:
+    """Some speech [samples] in the ways of `ROBUSTNESS`, by column.
+
+    Args:
+        other: speech that a babble is made of.
+    """
+    known = {(each.name, each.level): each for each in robustness.DEGRADATIONS}
+    rng = np.random.default_rng(0)
+    crowd = robustness.babble([other], clean, rng)
+    return {column: known[wanted].apply(clean, crowd, rng) for column, wanted in ROBUSTNESS.items()}
+
+
+def sources() -> str:
+    """A digest of the code that draws and measures."""
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, ROOT / "talksplat", ROOT / "model_repository", ROOT / "backends"):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in SOURCES:
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def notable(subject: Comparison) -> list[int]:
@@ -575,18 +645,19 @@ def contenders(
     landmarker: Path | None,
     minutes: float,
     seed: int,
-    work: Path,
-    console: Console,
+    done: Steps,
 ) -> list[Contender]:
     """The generations from their bundles and the baselines, trained where they are not yet.
+
+    Args:
+        done: keeps what is trained.
 
     Raises:
         RecordingError: a bundle was fitted to another recording or to other frames, or to all of them.
     """
     found: list[Contender] = []
     repository = ROOT / "model_repository"
-    models.export(repository, models.models(), console)
-    done = Steps(work, {}, console)
+    models.export(repository, models.models(), done.console)
     tracked: Track | None = None
     heard: Heard | None = None
     avatars = {name: bundle.read(folder.parent, folder.name, AnyAvatar) for name, folder in folders.items()}
@@ -599,7 +670,7 @@ def contenders(
         recording = Recording.as_fitted(video, audio, avatar.width, avatar.provenance)
         if avatar.provenance.get("recording_sha256") != recording.sha256:
             raise RecordingError(f"{folders[name]} was fitted to another recording than {video}.")
-        tracked = _tracked(recording, source, landmarker, work, console)
+        tracked = _tracked(recording, source, landmarker, done)
         if avatar.provenance["train_frames"] >= len(tracked):
             raise RecordingError(f"{folders[name]} was fitted to all frames of {video}: nothing is left to test with.")
         subject: Comparison
@@ -616,14 +687,21 @@ def contenders(
     for kind in BASELINES:
         baseline = fitted(kind, scene, seed, minutes, done)  # on one thread: two that share a core take longer
         drawn = Drawn(avatar, recording, tracked, baseline)
-        weights = work / baseline.file
+        weights = done.folder / baseline.file
         found.append(Other(drawn, weights, done.seconds[kind.name] / 60, plates_mb, repository))
     return found
 
 
-def _tracked(recording: Recording, source: Path | None, model: Path | None, work: Path, console: Console) -> Track:
-    with bars.shown(console, "track", recording.length) if source is None else nullcontext() as advance:
-        return track.find(recording, source, model, advance or (lambda done: None), work / fit.DETECTIONS)
+def _plan(minutes: float) -> dict[str, float]:
+    """Seconds that the steps take once there are bundles of the generations."""
+    training = {kind.name: 60 * minutes for kind in BASELINES}
+    names = [*GENERATIONS, *training]
+    return training | {f"measure {name}": MEASURING_SECONDS for name in names}
+
+
+def _tracked(recording: Recording, source: Path | None, model: Path | None, done: Steps) -> Track:
+    with bars.shown(done.console, "track", recording.length) if source is None else nullcontext() as advance:
+        return track.find(recording, source, model, advance or (lambda frames: None), done.folder / fit.DETECTIONS)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -665,11 +743,10 @@ def _run(args: argparse.Namespace) -> int:
                     console,
                 )
             folders[name] = folder
-        found = contenders(
-            folders, args.video, args.audio, args.track, model, args.minutes, args.seed, args.work, console
-        )
+        done = Steps(args.work, _plan(args.minutes), console)
+        found = contenders(folders, args.video, args.audio, args.track, model, args.minutes, args.seed, done)
         with Landmarker(model) as landmarker:
-            rows = table(found, landmarker, args.picture, console)
+            rows = table(found, landmarker, args.picture, done, sources())
     except (
         BundleError,
         UnknownAvatarError,

@@ -228,7 +228,7 @@ def measure(
         for index, (name, audio) in enumerate(speakers.items()):
             rng = np.random.default_rng((seed, number, index))
             others = [other for other in speakers if other != name] or [name]
-            spoilt = drive(degradation.apply(audio, _babble([speakers[other] for other in others], audio, rng), rng))
+            spoilt = drive(degradation.apply(audio, babble([speakers[other] for other in others], audio, rng), rng))
             movement_r.append(pooled_r(clean[name], spoilt))
             opening_r.append(float(np.corrcoef(opening(clean[name]), opening(spoilt))[0, 1]))
         rows.append(
@@ -267,7 +267,7 @@ def signals(speakers: Mapping[str, Audio], voices: Mapping[str, Audio]) -> int:
     return len(speakers) * (1 + len(DEGRADATIONS)) + len(REST_LEVELS) + len(voices)
 
 
-def _babble(others: Sequence[Audio], like: Audio, rng: Generator) -> Audio:
+def babble(others: Sequence[Audio], like: Audio, rng: Generator) -> Audio:
     """`CROWD` voices at once, from random places of other people's speech."""
     crowd = np.zeros_like(like)
     for _ in range(CROWD):

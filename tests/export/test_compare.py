@@ -82,6 +82,7 @@ def _small() -> Iterator[None]:
             (compare, "GENERATIONS", generations),
             (compare, "BASELINES", (SmallInpainting, SmallField)),
             (compare, "Landmarker", ByColour),
+            (compare, "sources", lambda: "the same"),  # even while somebody edits them
             (compare, "STREAM_SECONDS", 1.0),
             (compare, "ROBUSTNESS_SECONDS", 1.0),
             (compare, "TIMED_CHUNKS", 2),
@@ -95,9 +96,23 @@ def _small() -> Iterator[None]:
         yield
 
 
+def run(head: dict[str, Path], folder: Path, name: str) -> int:
+    """The command, with its table in NAME.json and its picture in NAME.jpg; of Huma 1 there is a bundle."""
+    model = folder / "no.task"
+    model.touch()
+    parser = ArgumentParser()
+    compare.add_parser(parser.add_subparsers())
+    arguments = ["compare", head["video"], "--audio", head["audio"], "--track", head["track"], "--landmarker", model]
+    arguments += ["--huma1", folder / "avatars" / "huma1", "--work", folder]
+    arguments += ["--train-seconds", TRAIN_SECONDS, "--minutes", 60]
+    arguments += ["--json", folder / f"{name}.json", "--picture", folder / f"{name}.jpg"]
+    args = parser.parse_args([str(argument) for argument in arguments])
+    return int(args.run(args))
+
+
 @pytest.fixture(scope="module")
 def compared(head: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
-    """The work folder of a comparison, with its table in table.json and its picture in picture.jpg.
+    """The work folder of a comparison that was interrupted while the third contender was measured.
 
     Huma 2 is fitted; of Huma 1, whose fit takes longer, there is a bundle.
     """
@@ -109,24 +124,24 @@ def compared(head: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, re
         "seconds": {"static": 30.0, "deformation": 60.0},
     }
     bundle.write(replace(make_huma1_avatar("huma1", size=96), provenance=provenance), folder / "avatars")
-    model = folder / "no.task"
-    model.touch()
-    parser = ArgumentParser()
-    compare.add_parser(parser.add_subparsers())
-    arguments = ["compare", head["video"], "--audio", head["audio"], "--track", head["track"], "--landmarker", model]
-    arguments += [
-        "--huma1",
-        folder / "avatars" / "huma1",
-        "--work",
-        folder,
-        "--train-seconds",
-        TRAIN_SECONDS,
-        "--minutes",
-        60,
-    ]
-    arguments += ["--json", folder / "table.json", "--picture", folder / "picture.jpg"]
-    args = parser.parse_args([str(argument) for argument in arguments])
-    assert args.run(args) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        measure = compare._measure
+
+        def interrupted(contender: compare.Contender, *rest: Any) -> compare.Measured:
+            if isinstance(contender, compare.Other):
+                raise KeyboardInterrupt
+            return measure(contender, *rest)
+
+        patch.setattr(compare, "_measure", interrupted)
+        assert run(head, folder, "table") == 130
+        assert not (folder / "table.json").exists()
+
+        def resumed(contender: compare.Contender, *rest: Any) -> compare.Measured:
+            assert isinstance(contender, compare.Other), "measured twice"
+            return measure(contender, *rest)
+
+        patch.setattr(compare, "_measure", resumed)
+        assert run(head, folder, "table") == 0
     return folder
 
 
@@ -177,13 +192,25 @@ def test_costs_are_those_of_the_networks(rows: dict[str, Row]) -> None:
     assert rows["2D generator"]["table_params"] == 0
 
 
+def test_degraded_speech_is_as_noisy_as_its_column_says(speech: Float32) -> None:
+    clean = speech[: 3 * clock.SAMPLE_RATE]
+    found = compare.degraded(clean, speech[3 * clock.SAMPLE_RATE :])
+    assert list(found) == list(compare.ROBUSTNESS)
+    white, babble = (np.square(found[name] - clean).mean() for name in ("r_noise_10_db", "r_babble_10_db"))
+    assert white == pytest.approx(babble, rel=0.05)
+    assert 5 < 10 * np.log10(np.square(clean).mean() / white) <= 10.1  # pauses do not count as signal
+    assert np.abs(found["r_gain_minus_20_db"]).max() == pytest.approx(np.abs(clean).max() / 10, rel=0.01)
+    high = np.abs(np.fft.rfft(found["r_sampled_at_8_khz"]))[len(clean) * 5 // 16 :]  # above 5 kHz
+    assert np.square(high).sum() < 0.01 * np.square(np.abs(np.fft.rfft(clean))[len(clean) * 5 // 16 :]).sum()
+
+
 def test_flops_are_two_for_each_weight_of_a_product() -> None:
     layer = nn.Linear(30, 20)
     assert compare.mflop(lambda: layer(torch.zeros(7, 30))) == pytest.approx(2 * 7 * 30 * 20 / 1e6)
 
 
 def test_the_picture_shows_all_families_side_by_side(compared: Path) -> None:
-    data = (compared / "picture.jpg").read_bytes()
+    data = (compared / "table.jpg").read_bytes()
     assert data[:2] == b"\xff\xd8"
     assert len(data) <= compare.PICTURE_BYTES
 
@@ -205,9 +232,8 @@ def test_a_finished_comparison_trains_nothing_again(
 ) -> None:
     monkeypatch.setattr(Baseline, "fit", lambda *_: pytest.fail("trained again"))
     folders = {name: compared / "avatars" / profile for name, (profile, _) in compare.GENERATIONS.items()}
-    found = compare.contenders(
-        folders, head["video"], head["audio"], head["track"], None, 60.0, 0, compared, Console(quiet=True)
-    )
+    done = Steps(compared, {}, Console(quiet=True))
+    found = compare.contenders(folders, head["video"], head["audio"], head["track"], None, 60.0, 0, done)
     assert [each.name for each in found] == ["Huma 1", "Huma 2", "2D generator", "radiance field"]
 
 
@@ -216,7 +242,6 @@ def test_another_recordings_avatar_is_refused(head: dict[str, Path], compared: P
     own = bundle.read(compared / "avatars", "huma1", bundle.AnyAvatar)
     provenance = {**own.provenance, "recording_sha256": "0" * 64}
     bundle.write(replace(make_avatar("red", size=96), provenance=provenance), tmp_path)
+    done = Steps(tmp_path, {}, Console(quiet=True))
     with pytest.raises(RecordingError, match="another recording"):
-        compare.contenders(
-            folders, head["video"], head["audio"], head["track"], None, 60.0, 0, tmp_path, Console(quiet=True)
-        )
+        compare.contenders(folders, head["video"], head["audio"], head["track"], None, 60.0, 0, done)

@@ -257,7 +257,7 @@ class Baseline(nn.Module, ABC):
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 losses.append(loss.item())
-                advance(step + 1)
+                advance(max(step + 1, round(steps * timed)))
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     save()
                     saved = time.monotonic()
