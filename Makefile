@@ -48,15 +48,20 @@ bench: models  ## every benchmark; prints tables, writes bench/NAME.json
 	$(BIN)/talksplat-server bench animate --json bench/animate.json
 	$(MAKE) bench-recordings
 
+# A folder with faces/, speech/ and models/. All of it takes an hour on two cores, of which Huma 1's fit in runs/compare
+# takes half an hour once; interrupted, `make bench-recordings` goes on there.
 RECORDINGS ?= ../shared/data
+SUBJECT := $(RECORDINGS)/faces/subject_a
+LANDMARKS = --track $(SUBJECT)_ground_truth.npz --landmarker $(RECORDINGS)/models/face_landmarker.task
 .PHONY: bench-recordings
 bench-recordings: models  ## the benchmarks that need recordings, in RECORDINGS
 	@if [ -d $(RECORDINGS) ]; then set -x; \
 	  $(BIN)/talksplat-server bench asr --set $(RECORDINGS)/speech/eval/lj --json bench/asr.json; \
-	  $(BIN)/talksplat-export quality avatars/ava $(RECORDINGS)/faces/subject_a.mp4 --audio $(RECORDINGS)/faces/subject_a.flac \
-	    --track $(RECORDINGS)/faces/subject_a_ground_truth.npz --landmarker $(RECORDINGS)/models/face_landmarker.task \
-	    --json bench/quality.json; \
-	else echo "No recordings in $(RECORDINGS): the benchmarks asr and quality are left out (RECORDINGS=... names the folder)."; fi
+	  $(BIN)/talksplat-export quality avatars/ava $(SUBJECT).mp4 --audio $(SUBJECT).flac $(LANDMARKS) --json bench/quality.json; \
+	  $(BIN)/talksplat-export robustness avatars/ava --speech $(RECORDINGS)/speech/eval $(SUBJECT).flac --json bench/robustness.json; \
+	  $(BIN)/talksplat-export compare $(SUBJECT).mp4 --audio $(SUBJECT).flac $(LANDMARKS) --huma2 avatars/ava \
+	    --json bench/compare.json --picture bench/compare.jpg; \
+	else echo "No recordings in $(RECORDINGS): asr, quality, robustness and compare are left out (RECORDINGS=... names the folder)."; fi
 
 .PHONY: models
 models: $(VENV)/.installed  ## export every model that is missing or stale into model_repository/
