@@ -20,11 +20,19 @@ from talksplat_export import _onnx, huma1, huma1_drive, huma1_fit, moonshine, qu
 from talksplat_export.huma1_drive import Huma1Subject
 from talksplat_export.huma1_fit import Heard
 from talksplat_export.recording import Recording
+from talksplat_export.track import Track
 
 Float32 = npt.NDArray[np.float32]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_an_avatar_of_another_speech_encoder_is_not_compared() -> None:
+    """It would be measured as a bad one; the check comes before anything is read or heard."""
+    aged = replace(make_huma1_avatar("aged"), audio_encoder=moonshine.WHEELS["base"].encoder)  # of the last layer
+    with pytest.raises(bundle.SpeechEncoderError, match="'aged' was fitted to another speech encoder"):
+        huma1_drive.subject(aged, Recording.__new__(Recording), Track.__new__(Track))
 
 
 # --- the net -----------------------------------------------------------------------------------------------------
