@@ -115,8 +115,10 @@ def fit(
     Raises:
         RefusedError: the recording can't make an avatar, see `checks`; nothing was written to ``out``.
         RecordingError, TrackError, PlatesError: nor of these.
+        OSError: ``out`` can't be written, which is said before the work, or the disk is full.
     """
     bundle.check_id(out.name, RecordingError)
+    _require_writable(out)
     recording = replace(recording, seconds=settings.seconds)
     model = None if source is not None else track.landmarker_file(landmarker)
     done = Steps(work, _plan(recording, settings, model), console)
@@ -192,6 +194,16 @@ def fit(
     minutes, memory = sum(done.seconds.values()) / 60, done.peak_memory / 1e9
     console.print(f"{minutes:.1f} min in all, {memory:.1f} GB of memory at most")
     return folder
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise `OSError` where a folder can't be made, or made anew: better now than after an hour."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{folder} can't be written: {there} is a file.")
+    for place in {there, folder.absolute().parent} if there == folder else {there}:
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} can't be written: there is no permission to write in {place}.")
 
 
 def _plan(recording: Recording, settings: Settings, model: Path | None) -> dict[str, float]:
@@ -451,8 +463,8 @@ def _stage_b(audio: Float32, train: Track, weights: Float32, settings: Settings,
     path = done.folder / ADAPTER
     key = done.key(
         sha256(done.folder / TRACK),
+        hashlib.sha256(weights.tobytes()).hexdigest(),
         hashlib.sha256(audio.tobytes()).hexdigest(),
-        len(train),
         sha256(audio_encoder.WEIGHTS),
         settings.degraded,
         settings.seed,
@@ -499,7 +511,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("video", type=Path, help="a recording of one face speaking: mp4, mov, webm, mkv")
     parser.add_argument("--out", type=Path, required=True, metavar="avatars/ID", help="the bundle to write")
     track.add_arguments(parser)
-    parser.add_argument("--preview", action="store_true", help="a first avatar in minutes: small, of the first minute")
+    parser.add_argument(
+        "--preview",
+        action="store_true",
+        help="a first avatar in minutes: small, of the first minute, written to ID-preview",
+    )
     parser.add_argument("--work", type=Path, help="folder for what the steps leave (default: runs/ID)")
     parser.add_argument("--about", default="", help="where the recording comes from, kept in the bundle")
     parser.add_argument(
@@ -523,9 +539,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     setting("plates", "at most; ")
     setting("megabytes", "of the bundle, at most; ")
     setting("seed")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default=device, help="of stage A; default here: %(default)s"
+        "--device", choices=("cpu", "cuda"), help="of stage A; default: cuda where there is one; huma1 knows cpu only"
     )
     parser.set_defaults(run=_run)
 
@@ -537,17 +552,24 @@ def _run(args: argparse.Namespace) -> int:
     if args.preview and args.profile != Settings.profile:
         print(f"error: --preview makes avatars of the profile {Settings.profile} only", file=sys.stderr)
         return 1
+    if args.device == "cuda" and args.profile == HUMA1.profile:
+        print(f"error: avatars of the profile {HUMA1.profile} are fitted with --device cpu only", file=sys.stderr)
+        return 1
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: PyTorch finds no CUDA device here: fit with --device cpu", file=sys.stderr)
         return 1
+    if args.device is None and torch.cuda.is_available() and args.profile != HUMA1.profile:
+        args.device = "cuda"
     chosen = HUMA1 if args.profile == HUMA1.profile else PREVIEW if args.preview else Settings()
     settings = replace(chosen, **asked)
     console = Console(highlight=False, soft_wrap=True)
+    # Beside the avatar that the same command without --preview makes, never in its place.
+    out = args.out.with_name(f"{args.out.name}-preview") if args.preview else args.out
     work = args.work or Path("runs") / args.out.name
     work = work / "preview" if args.preview else work
     try:
         recording = Recording(args.video, args.audio)
-        fit(recording, args.out, args.track, args.landmarker, work, settings, args.about, console)
+        fit(recording, out, args.track, args.landmarker, work, settings, args.about, console)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         return 130

@@ -371,7 +371,7 @@ def test_another_recording_in_the_same_work_folder_is_fitted_itself(
     assert np.diff(red) * np.diff(blue) < 0
 
 
-def test_a_preview_is_small_and_none_of_its_steps_goes_into_the_fit(
+def test_a_preview_is_small_lies_beside_the_avatar_and_none_of_its_steps_goes_into_the_fit(
     head: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stage_b, "STEPS", 20)
@@ -381,7 +381,8 @@ def test_a_preview_is_small_and_none_of_its_steps_goes_into_the_fit(
     files = ("--audio", head["audio"], "--track", head["track"])
     folders = ("--out", tmp_path / "avatars" / "head", "--work", tmp_path / "work")
     assert run(fit, "fit", head["video"], *files, *folders, "--preview") == 0
-    first = bundle.read(tmp_path / "avatars", "head")
+    first = bundle.read(tmp_path / "avatars", "head-preview")
+    assert not (tmp_path / "avatars" / "head").exists()
     assert (first.width, first.gaussians) == (64, 300)
     assert 4 <= len(first.plates) <= 5
     assert first.provenance["used_s"] == 10.0
@@ -421,6 +422,26 @@ def test_an_id_that_is_none_is_refused_before_work(
     arguments = (head["video"], "--track", head["track"], "--audio", head["audio"], "--out", tmp_path / "No Id")
     assert run(fit, "fit", *arguments) == 1
     assert "avatar id" in capsys.readouterr().err
+
+
+def test_a_folder_that_can_not_be_written_is_refused_before_work(
+    head: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "avatars").write_bytes(b"")
+    assert fit_head(head, tmp_path) == 1
+    assert "avatars is a file" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    (tmp_path / "avatars").unlink()
+    assert fit_head(head, tmp_path) == 1
+    assert "no permission to write" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_first_generation_is_not_fitted_on_a_gpu(
+    head: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit_head(head, tmp_path, "--profile", "huma1", "--device", "cuda") == 1
+    assert "huma1 are fitted with --device cpu only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
