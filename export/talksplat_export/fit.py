@@ -39,6 +39,7 @@ from talksplat_export import (
     huma1_fit,
     plates,
     refinement,
+    registration,
     report,
     stage_a,
     stage_b,
@@ -279,6 +280,7 @@ def _track(recording: Recording, source: Path | None, model: Path | None, done: 
     else:
         with done.running("track", key, recording.length, [TRACK], kept=DETECTIONS) as advance:
             _drop_damaged(kept, Detections.load, done.console)
+            _drop_damaged(kept.with_name(track.POSES), registration.Progress.load, done.console)
             track.find(recording, source, model, advance, kept).save(path)
     return Track.load(path)
 

@@ -99,8 +99,8 @@ class Recording:
         """How many frames there are."""
         return self.whole if self.seconds == math.inf else min(self.whole, round(self.seconds * clock.FPS))
 
-    def frames(self, start: int = 0, stop: int | None = None) -> Iterator[Image]:
-        """Yield the frames ``start`` to ``stop`` (exclusive), [size, size, 3] RGB.
+    def frames(self, start: int = 0, stop: int | None = None, step: int = 1) -> Iterator[Image]:
+        """Yield every ``step``-th of the frames ``start`` to ``stop`` (exclusive), [size, size, 3] RGB.
 
         Raises:
             RecordingError: the file breaks off.
@@ -108,7 +108,8 @@ class Recording:
         assert self.square is not None
         scale = self.size / self.square.side
         top, left = round(self.square.top * scale), round(self.square.left * scale)
-        for frame in self._shown(start, self.length if stop is None else min(stop, self.length)):
+        stop = self.length if stop is None else min(stop, self.length)
+        for frame in itertools.islice(self._shown(start, stop), 0, None, step):
             upright = self._upright(frame, scale)
             yield np.ascontiguousarray(upright[top : top + self.size, left : left + self.size])
 

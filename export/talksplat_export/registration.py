@@ -9,8 +9,11 @@ frames: lips and lids hardly count. (Without the mouth and the jaw, brows that r
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +23,16 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial import ConvexHull
 from scipy.spatial.transform import Rotation
 
-from talksplat_export import geometry
+from talksplat_export import _npz, geometry
 from talksplat_export.recording import Image, Recording
-from talksplat_export.track import Track, steadied
+from talksplat_export.track import KEEP_SECONDS, Track, steadied
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 SIDE = 256  # pixels to which frames are reduced, at least
 POINTS = 6000  # of the face that are looked at, about
-SAMPLES = 120  # frames that make the template
+SAMPLES = 120  # frames that make the template, about
 BLUR = 1.0  # pixels
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of RGB, ITU-R BT.601
 NOISE = 4.0  # variance of a grey level that is nobody's fault
@@ -38,23 +41,69 @@ STILL = 3e-5  # radians, or metres, below which an alignment has converged
 FARTHEST = 0.12  # distances between the eyes that a pose may be corrected by; beyond, the alignment has failed
 
 
-def refine(recording: Recording, track: Track, advance: Callable[[int], object] = lambda done: None) -> Track:
+@dataclass(eq=False)
+class Progress:
+    """How far a registration got."""
+
+    done: int  # frames
+    given: Float64  # [T, 4, 4] poses that it began with
+    viewmats: Float64  # [T, 4, 4]
+
+    def save(self, path: Path) -> None:
+        """Write to ``path`` (.npz) in one step."""
+        _npz.save(self, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote."""
+        arrays = _npz.load(cls, path)
+        return cls(**{**arrays, "done": int(arrays["done"])})
+
+    @classmethod
+    def of(cls, track: Track, kept: Path | None) -> Self:
+        """Before the first frame, or what was ``kept`` of this very track."""
+        given = track.viewmats.astype(np.float64)
+        if kept is not None and kept.exists():
+            found = cls.load(kept)
+            if np.array_equal(found.given, given):
+                return found
+        return cls(0, given, given.copy())
+
+
+def refine(
+    recording: Recording,
+    track: Track,
+    advance: Callable[[int], object] = lambda done: None,
+    kept: Path | None = None,
+) -> Track:
     """The track with poses that pixels agree about; other parts of it stay as they are.
 
     Args:
         track: of all frames of the recording; frames that were not ``seen`` keep their poses.
         advance: called with the number of frames done.
+        kept: a file (.npz) to go on from where it is of this track; it is written twice a minute and on an interrupt,
+            and removed at the end.
     """
     shrink = max(recording.size // SIDE, 1)
-    seen = np.flatnonzero(track.seen)
-    samples = seen[:: max(len(seen) // SAMPLES, 1)]
-    template = _template(recording, track, samples, shrink)
-    viewmats = track.viewmats.astype(np.float64)
-    for index, image in enumerate(recording.frames()):
-        if track.seen[index]:
-            viewmats[index] = template.align(_grey(image, shrink), viewmats[index])
-        advance(index + 1)
-    return replace(track, viewmats=steadied(viewmats).astype(np.float32))
+    template = _template(recording, track, shrink)
+    found = Progress.of(track, kept)
+    saved = time.monotonic()
+    try:
+        for index, image in enumerate(recording.frames(found.done), found.done):
+            if track.seen[index]:
+                found.viewmats[index] = template.align(_grey(image, shrink), found.viewmats[index])
+            found.done = index + 1
+            advance(found.done)
+            if kept is not None and time.monotonic() - saved > KEEP_SECONDS:
+                found.save(kept)
+                saved = time.monotonic()
+    except BaseException:
+        if kept is not None:
+            found.save(kept)
+        raise
+    if kept is not None:
+        kept.unlink(missing_ok=True)
+    return replace(track, viewmats=steadied(found.viewmats).astype(np.float32))
 
 
 def _grey(image: Image, shrink: int) -> Float32:
@@ -65,8 +114,11 @@ def _grey(image: Image, shrink: int) -> Float32:
     return np.asarray(gaussian_filter(luma, BLUR), np.float32)
 
 
-def _template(recording: Recording, track: Track, samples: npt.NDArray[np.int64], shrink: int) -> _Template:
+def _template(recording: Recording, track: Track, shrink: int) -> _Template:
     intrinsics = track.K.astype(np.float64) / [[shrink], [shrink], [1]]
+    step = max(len(track) // SAMPLES, 1)
+    samples = np.arange(0, len(track), step)
+    samples = samples[track.seen[samples]]
     wanted = track[samples]
     landmarks = geometry.triangulate(wanted, np.zeros((len(samples), 0), np.float32))[0][0]
     view = geometry.reference_view(wanted.viewmats).astype(np.float64)
@@ -82,8 +134,9 @@ def _template(recording: Recording, track: Track, samples: npt.NDArray[np.int64]
 
     unwrapped = np.stack(
         [
-            _sample(_grey(next(recording.frames(index, index + 1)), shrink), points, track.viewmats[index], intrinsics)
-            for index in samples.tolist()
+            _sample(_grey(image, shrink), points, track.viewmats[index], intrinsics)
+            for index, image in zip(range(0, len(track), step), recording.frames(step=step), strict=True)
+            if track.seen[index]
         ]
     )
     mean, spread = unwrapped.mean(1, keepdims=True), unwrapped.std(1, keepdims=True)

@@ -47,6 +47,7 @@ BLENDSHAPES = 52  # FaceLandmarker's
 STEADY_ORDER = 2  # of the polynomial that a pose follows within a fifth of a second
 MAX_MISSING = 0.2  # of the frames may be without a face
 KEEP_SECONDS = 30.0  # of tracking between two writes of what was found
+POSES = "poses.npz"  # beside the detections that are kept, see `registration.refine`
 
 
 class TrackError(ValueError):
@@ -195,7 +196,7 @@ def find(
 
     Args:
         advance: called with the number of frames done; detection is one half of a frame, refinement the other.
-        kept: see `detect`.
+        kept: see `detect`; the poses are kept beside it.
 
     Raises:
         TrackError: see `from_ground_truth` and `from_mediapipe`.
@@ -205,7 +206,8 @@ def find(
     from talksplat_export import registration  # which builds on this module
 
     tracked = from_mediapipe(recording, landmarker_file(model), lambda done: advance(done // 2), kept)
-    return registration.refine(recording, tracked, lambda done: advance((len(tracked) + done) // 2))
+    poses = None if kept is None else kept.with_name(POSES)
+    return registration.refine(recording, tracked, lambda done: advance((len(tracked) + done) // 2), poses)
 
 
 def from_ground_truth(path: Path, recording: Recording) -> Track:

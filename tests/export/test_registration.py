@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,8 @@ class Painted:
     images: npt.NDArray[np.uint8]  # [T, S, S, 3]
     size: int = SIZE
 
-    def frames(self, start: int = 0, stop: int | None = None) -> Iterator[npt.NDArray[np.uint8]]:
-        return iter(self.images[start:stop])
+    def frames(self, start: int = 0, stop: int | None = None, step: int = 1) -> Iterator[npt.NDArray[np.uint8]]:
+        return iter(self.images[start:stop:step])
 
 
 def nodding() -> Track:
@@ -104,3 +105,31 @@ def test_only_the_poses_change(refined: tuple[Track, Track]) -> None:
     assert np.array_equal(found.expression, given.expression)
     rotations: Float32 = found.viewmats[:, :3, :3]
     assert np.allclose(rotations @ rotations.transpose(0, 2, 1), np.eye(3), atol=1e-5)
+
+
+def test_a_registration_goes_on_where_it_was_interrupted(tmp_path: Path, refined: tuple[Track, Track]) -> None:
+    given, found = refined
+    pictures = painted(nodding())
+    pictures.images[7] = 0
+    recording: Recording = pictures  # type: ignore[assignment]
+    kept, done = tmp_path / "poses.npz", list[int]()
+
+    def interrupted(count: int) -> None:
+        done.append(count)
+        if count == FRAMES // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        registration.refine(recording, given, interrupted, kept)
+    assert registration.Progress.load(kept).done == FRAMES // 2
+    resumed = registration.refine(recording, given, done.append, kept)
+    assert done == list(range(1, FRAMES + 1))
+    np.testing.assert_array_equal(resumed.viewmats, found.viewmats)
+    assert not kept.exists()
+
+
+def test_poses_that_were_kept_of_another_track_are_not_used(tmp_path: Path, refined: tuple[Track, Track]) -> None:
+    given, found = refined
+    poses = found.viewmats.astype(np.float64)
+    registration.Progress(FRAMES, poses, poses).save(tmp_path / "poses.npz")
+    assert registration.Progress.of(given, tmp_path / "poses.npz").done == 0
