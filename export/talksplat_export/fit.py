@@ -16,9 +16,11 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ from talksplat_export import (
 from talksplat_export.checks import Finding, Looks, Severity
 from talksplat_export.geometry import Float32
 from talksplat_export.quality import DRIVERS, Subject
-from talksplat_export.recording import MAX_SIZE, Recording, RecordingError
+from talksplat_export.recording import MAX_SIZE, MIN_SIZE, Recording, RecordingError
 from talksplat_export.splat_torch import DeviceError
 from talksplat_export.steps import Steps
 from talksplat_export.track import Detections, Landmarker, Track, TrackError
@@ -57,6 +59,7 @@ from talksplat_export.track import Detections, Landmarker, Track, TrackError
 MOST_TRAINING, LEAST_TEST, TEST_SHARE = 150.0, 35.0, 0.25  # seconds, seconds, of a recording
 ROUGH_SHARE = 0.25  # of stage A's steps, as many come before the track is refined
 MIN_SECONDS = 2  # to fit to; a person worth looking at needs a minute
+MIN_GAUSSIANS = 100
 GEOMETRY_FRAMES = 1500  # that landmarks are triangulated from, at most
 LOOKS, DETECTIONS, TRACK = "looks.npz", "detections.npz", "track.npz"
 CROPS, CHECKPOINT, LOSSES, GAUSSIANS = "crops", "stage_a.pt", "losses.json", "gaussians.safetensors"
@@ -202,9 +205,14 @@ def _require_writable(folder: Path) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"{folder} can't be written: {there} is a file.")
-    for place in {there, folder.absolute().parent} if there == folder else {there}:
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise PermissionError(f"{folder} can't be written: there is no permission to write in {place}.")
+    there = folder.absolute().parent if there == folder else there
+    try:
+        with tempfile.TemporaryFile(dir=there):  # what `os.access` says is not always so
+            pass
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{folder} can't be written: nothing can be written in {there} ({error})."
+        ) from error
 
 
 def _plan(recording: Recording, settings: Settings, model: Path | None) -> dict[str, float]:
@@ -525,26 +533,37 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     whole, first = Settings(), PREVIEW
 
-    def setting(name: str, text: str = "") -> None:
+    def setting(name: str, text: str = "", least: int = 1) -> None:
         default, preview = getattr(whole, name), getattr(first, name)
         shown = f"{default}, {preview} with --preview" if preview != default else f"{default}"
         option = f"--{name.replace('max_', '')}"
-        kind = type(default)
+        kind = partial(_at_least, least, type(default))
         parser.add_argument(option, type=kind, dest=name, metavar="N", help=f"{text}default: {shown}")
 
     parser.add_argument(
         "--profile", choices=list(PROFILES), default=Settings.profile, help="the generation; default: %(default)s"
     )
-    setting("max_size", "pixels a side, at most; ")
-    setting("gaussians")
+    setting("max_size", "pixels a side, at most, a multiple of 8; ", MIN_SIZE)
+    setting("gaussians", least=MIN_GAUSSIANS)
     setting("steps", "of stage A; ")
     setting("plates", "at most; ")
-    setting("megabytes", "of the bundle, at most; ")
-    setting("seed")
+    setting("megabytes", "of the bundle, at most; ", least=0)
+    setting("seed", least=0)
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="of stage A; default: cuda where there is one; huma1 knows cpu only"
     )
     parser.set_defaults(run=_run)
+
+
+def _at_least(least: int, kind: type[int] | type[float], text: str) -> int | float:
+    """A number from the command line."""
+    try:
+        number = kind(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from error
+    if not number >= least:
+        raise argparse.ArgumentTypeError(f"{text} is too little: expected {least} or more")
+    return number
 
 
 def _run(args: argparse.Namespace) -> int:

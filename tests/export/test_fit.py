@@ -191,6 +191,20 @@ def test_quality_is_better_than_that_of_an_avatar_that_does_not_move(
     assert worse[0]["mouth_psnr_db"] < rows[0]["mouth_psnr_db"] - 1
 
 
+def test_a_track_refined_by_the_avatar_draws_the_test_frames_better(head: dict[str, Path], fitted: Path) -> None:
+    avatar = bundle.read(fitted / "avatars", "head")
+    recording = Recording(head["video"], head["audio"])
+    truth = track.from_ground_truth(head["track"], recording)
+    shaken = truth.viewmats.copy()
+    shaken[:, :2, 3] += np.random.default_rng(0).normal(0, 0.003, (len(truth), 2))  # half a pixel
+    heard = stage_b.Heard(np.zeros((len(truth), 128), np.float32), np.zeros(len(truth), np.float32))
+    given = quality.Subject(avatar, recording, replace(truth, viewmats=shaken), heard)
+    found = given.refined()
+    before, after = (quality.measure(subject, "coefficients", None)["face_psnr_db"] for subject in (given, found))
+    assert after > before + 0.5
+    np.testing.assert_array_equal(found.track.blink[: found.test.start], truth.blink[: found.test.start])
+
+
 def test_a_fit_that_is_done_is_not_done_again(
     head: dict[str, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,11 +445,25 @@ def test_a_folder_that_can_not_be_written_is_refused_before_work(
     (tmp_path / "avatars").write_bytes(b"")
     assert fit_head(head, tmp_path) == 1
     assert "avatars is a file" in capsys.readouterr().err
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
     (tmp_path / "avatars").unlink()
+    refused = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))  # root may write anywhere
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
     assert fit_head(head, tmp_path) == 1
-    assert "no permission to write" in capsys.readouterr().err
+    assert "nothing can be written in" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    "option", [("--gaussians", 0), ("--steps", 0), ("--plates", -1), ("--size", 32), ("--seed", "x")]
+)
+def test_numbers_that_make_no_avatar_are_refused_before_work(
+    head: dict[str, Path], tmp_path: Path, option: tuple[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        fit_head(head, tmp_path, *option)
+    error = capsys.readouterr().err
+    assert f"{option[0]}: " in error
+    assert "expected" in error or "is no int" in error
 
 
 def test_the_first_generation_is_not_fitted_on_a_gpu(
