@@ -210,9 +210,7 @@ def _require_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=there):  # what `os.access` says is not always so
             pass
     except OSError as error:
-        raise OSError(
-            error.errno, f"{folder} can't be written: nothing can be written in {there} ({error})."
-        ) from error
+        raise PermissionError(f"{folder} can't be written: {there} takes no files ({error.strerror}).") from error
 
 
 def _plan(recording: Recording, settings: Settings, model: Path | None) -> dict[str, float]:

@@ -449,7 +449,7 @@ def test_a_folder_that_can_not_be_written_is_refused_before_work(
     refused = Mock(side_effect=PermissionError(errno.EACCES, "Permission denied"))  # root may write anywhere
     monkeypatch.setattr("tempfile.TemporaryFile", refused)
     assert fit_head(head, tmp_path) == 1
-    assert "nothing can be written in" in capsys.readouterr().err
+    assert "takes no files (Permission denied)" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
 
 
