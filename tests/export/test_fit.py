@@ -201,7 +201,7 @@ def test_a_track_refined_by_the_avatar_draws_the_test_frames_better(head: dict[s
     given = quality.Subject(avatar, recording, replace(truth, viewmats=shaken), heard)
     found = given.refined()
     before, after = (quality.measure(subject, "coefficients", None)["face_psnr_db"] for subject in (given, found))
-    assert after > before + 0.5
+    assert float(after) > float(before) + 0.5  # type: ignore[arg-type]
     np.testing.assert_array_equal(found.track.blink[: found.test.start], truth.blink[: found.test.start])
 
 
