@@ -167,7 +167,7 @@ def fit(
         id=out.name,
         **fitted,
         plates=jpegs,
-        viewmats=np.ascontiguousarray(tracked.viewmats[loop.start : loop.stop]),
+        viewmats=plates.poses(tracked, loop),
         K=tracked.K,
         width=recording.size,
         height=recording.size,

@@ -6,10 +6,11 @@ import numpy as np
 import simplejpeg
 
 from talksplat_export.recording import Recording
-from talksplat_export.track import Track
+from talksplat_export.track import Track, steadied
 
 NO_FACE = 100.0  # what a frame without a face costs; one with the mouth wide open costs 1
 HEAD_RADIUS = 0.1  # metres
+STEADY_FRAMES = 7  # that a plate's pose is smoothed over
 QUALITIES = range(92, 48, -2)  # of JPEG, best first
 
 
@@ -42,6 +43,15 @@ def choose(track: Track, count: int) -> range:
         start = int(np.argmin(price))
         loops.append((float(price[start]), range(start, start + length)))
     return min(loops, key=lambda loop: loop[0])[1]
+
+
+def poses(track: Track, frames: range) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """Where the head is in the plates, [P, 4, 4]; smoother than the track.
+
+    The recorded lips still tremble in the track's poses. While the drawn ones rest, that shows at the chin.
+    """
+    steady = steadied(track.viewmats.astype(np.float64), STEADY_FRAMES)
+    return steady[frames.start : frames.stop].astype(np.float32)
 
 
 def encode(recording: Recording, frames: range, budget: int) -> list[bytes]:

@@ -491,10 +491,13 @@ def from_mediapipe(
     )
 
 
-def steadied(viewmats: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:  # [T, 4, 4]
+def steadied(
+    viewmats: npt.NDArray[np.float64],  # [T, 4, 4]
+    window: int = clock.FPS // 5,  # frames, odd
+) -> npt.NDArray[np.float64]:
     """Smoothed over a fifth of a second: a head moves slower than what tracks it trembles."""
     smooth = viewmats.copy()
-    window = min(clock.FPS // 5, len(viewmats) - (len(viewmats) + 1) % 2)
+    window = min(window, len(viewmats) - (len(viewmats) + 1) % 2)
     if window > STEADY_ORDER:
         smooth[:, :3] = savgol_filter(viewmats[:, :3], window, STEADY_ORDER, axis=0)
     u, _, vt = np.linalg.svd(smooth[:, :3, :3])

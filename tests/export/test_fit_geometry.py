@@ -133,6 +133,16 @@ def test_plates_turn_back_where_the_head_is_still() -> None:
     assert max(speed[0], speed[-1]) < 0.2 * speed.max()
 
 
+def test_the_head_in_the_plates_does_not_tremble_and_follows_what_it_does() -> None:
+    track, _ = talking_head.make_track(80)
+    trembling = track.viewmats.copy()
+    trembling[:, :3, 3] += np.random.default_rng(0).normal(0, 0.001, (80, 3))
+    true, seen = track.viewmats[20:60, :3, 3], trembling[20:60, :3, 3]
+    steady = plates.poses(replace(track[:], viewmats=trembling), range(20, 60))[:, :3, 3]
+    assert np.diff(steady, 2, axis=0).std() < 0.5 * np.diff(seen, 2, axis=0).std()
+    assert np.abs(steady - true).mean() < np.abs(seen - true).mean()
+
+
 def test_lips_open_along_the_face_whichever_way_it_is_turned() -> None:
     points = np.zeros((2, 68, 2), np.float32)
     points[:, 36:42], points[:, 42:48] = (-10, 0), (10, 0)
