@@ -54,7 +54,16 @@ def coefficient_basis(expression: Float32, energy: float = 0.9995) -> Float32:
 
 
 def frame_weights(track: Track, basis: Float32) -> Float32:  # [C, 20] -> [T, 21]
-    """The weights of a track's frames: coefficients and blink."""
+    """The weights of a track's frames: coefficients and blink.
+
+    Raises:
+        TrackError: the basis belongs to a track of another source.
+    """
+    if track.expression.shape[1] != len(basis):
+        raise TrackError(
+            f"The track ({track.source}) has {track.expression.shape[1]} channels of expression, expected {len(basis)}: "
+            "the avatar was fitted to a track of another source."
+        )
     return np.concatenate([track.expression @ basis, track.blink[:, None]], 1)
 
 

@@ -43,6 +43,13 @@ def test_an_expression_is_kept_by_its_coefficients() -> None:
     np.testing.assert_allclose(coefficients @ solution, expression, atol=1e-3)
 
 
+def test_a_track_of_another_source_than_the_avatars_is_refused() -> None:
+    track, _ = talking_head.make_track()
+    channels = track.expression.shape[1]
+    with pytest.raises(TrackError, match=f"has {channels} channels of expression, expected {channels + 3}"):
+        geometry.frame_weights(track, np.zeros((channels + 3, COEFFICIENTS), np.float32))
+
+
 def test_landmarks_are_found_in_3d_with_how_they_move() -> None:
     track, truth = talking_head.make_track()
     found, error = geometry.triangulate(track, track.expression, ridge=1e-6)
