@@ -61,8 +61,8 @@ def frame_weights(track: Track, basis: Float32) -> Float32:  # [C, 20] -> [T, 21
     """
     if track.expression.shape[1] != len(basis):
         raise TrackError(
-            f"The track ({track.source}) has {track.expression.shape[1]} channels of expression, expected {len(basis)}: "
-            "the avatar was fitted to a track of another source."
+            f"The track has {track.expression.shape[1]} channels of expression, expected {len(basis)}: "
+            f"the avatar was not fitted to one of {track.source}."
         )
     return np.concatenate([track.expression @ basis, track.blink[:, None]], 1)
 
