@@ -676,7 +676,8 @@ def contenders(
         subject: Comparison
         if isinstance(avatar, Avatar):
             heard = stage_b.hear(recording.audio, len(tracked))
-            subject = Subject(avatar, recording, tracked, heard)
+            huma2 = Subject(avatar, recording, tracked, heard)
+            subject = huma2 if source is not None else huma2.refined()  # as `quality` does
         else:
             subject = huma1_drive.subject(avatar, recording, tracked)
         found.append(Generation(name, folders[name], subject, repository))
