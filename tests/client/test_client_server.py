@@ -109,7 +109,7 @@ def test_frames_look_as_asked(client: Client, speech: Samples) -> None:
     assert small.to_array().shape == (32, 32, 3)
     [coarse, *_], [fine, *_] = (client.animate(audio, avatar=AVATAR, quality=quality) for quality in (10, 95))
     assert len(coarse.data) < len(fine.data)
-    assert list(client.animate(audio, avatar=AVATAR, seed=1)) != list(client.animate(audio, avatar=AVATAR, seed=2))
+    assert list(client.animate(audio, avatar=AVATAR, seed=1)) != list(client.animate(audio, avatar=AVATAR, seed=3))
 
 
 def as_rate(speech: Samples, rate: int) -> Samples:
