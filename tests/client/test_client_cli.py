@@ -50,9 +50,9 @@ def feed(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, "-m", "talksplat_client.cli", *arguments], stdin=pipe, stdout=pipe, stderr=pipe
-    )
+    # What a shell starts in the background ignores Ctrl-C, and so would the tests' own child.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "talksplat_client.cli", *arguments]
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
 def test_animate_writes_a_video_and_reports(
