@@ -84,5 +84,6 @@ $(VENV)/.installed: $(PROJECTS) $(SOURCES)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout hypothesis espeakng-loader
+	$(PIP) --no-build-isolation -e '.[load]'
+	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout hypothesis espeakng-loader kubernetes-validate PyYAML
 	@touch $@
