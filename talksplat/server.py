@@ -136,6 +136,7 @@ class Server:
         self.ports = ports
         self.run_dir = run_dir
         self.start_timeout = start_timeout
+        self.restarts = 0  # that a supervisor has counted: told to the models, for the metrics
         self._process: subprocess.Popen[str] | None = None
         self._stubs: list[psutil.Process] = []
         self._temporary: Path | None = None
@@ -207,13 +208,18 @@ class Server:
         self._end(keep_log=False)
 
     def dead_processes(self) -> str | None:
-        """Which of the server's processes have ended, in words; Triton itself says nothing of a dead stub."""
+        """Which of the server's processes have ended or were stopped, in words.
+
+        Triton itself says nothing of a dead stub, and aborts a while after one was stopped (SIGSTOP).
+        """
         if self._process is None:
             return "tritonserver is not running"
         if (code := self._process.poll()) is not None:
             return f"tritonserver ended with {code}"
+        if not _is_alive(psutil.Process(self._process.pid)):
+            return "tritonserver ended or was stopped"
         ended = sum(1 for stub in self._stubs if not _is_alive(stub))
-        return f"{ended} of {len(self._stubs)} backend stubs ended" if ended else None
+        return f"{ended} of {len(self._stubs)} backend stubs ended or were stopped" if ended else None
 
     def processor_seconds(self) -> float:
         """Processor time that the server's processes have used so far."""
@@ -267,7 +273,7 @@ class Server:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._process = subprocess.Popen(
             self._command(wheel, backends),
-            env=_environment(wheel, self.avatars),
+            env=_environment(wheel, self.avatars, self.restarts),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -328,9 +334,9 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # stubs too: those of a server that hangs or ended while loading
             process.wait()
-        for stub in self._stubs:
-            with contextlib.suppress(psutil.Error):
-                stub.wait(5)
+        deadline = time.monotonic() + 5
+        while any(map(_is_there, self._stubs)) and time.monotonic() < deadline:
+            time.sleep(0.01)
         self._stubs = []
         if self._log is not None:
             self._log.close()
@@ -479,7 +485,7 @@ def _end_with_launcher() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _environment(wheel: _Wheel, avatars: Path) -> dict[str, str]:
+def _environment(wheel: _Wheel, avatars: Path, restarts: int) -> dict[str, str]:
     """PATH selects the stubs' interpreter; without these libraries the server's start hangs."""
     libraries = [str(wheel.libraries), sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH", "")]
     return {
@@ -487,6 +493,7 @@ def _environment(wheel: _Wheel, avatars: Path) -> dict[str, str]:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
         "TALKSPLAT_AVATARS": str(avatars),
+        "TALKSPLAT_RESTARTS": str(restarts),
         # each model has a process of its own: pools in all of them would fight for the cores
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
@@ -522,11 +529,19 @@ def _is_ready(port: int) -> bool:
         connection.close()
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def _is_there(process: psutil.Process) -> bool:
+    """Whether a process has not ended; what its new parent has yet to reap, some in seconds, has."""
     try:
         return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.Error:
         return False
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether a process may run: one that was stopped serves nobody."""
+    with contextlib.suppress(psutil.Error):
+        return _is_there(process) and process.status() != psutil.STATUS_STOPPED
+    return False
 
 
 def _remove_regions(prefix: str) -> None:

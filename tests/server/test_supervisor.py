@@ -119,7 +119,7 @@ def test_stopping_leaves_no_process_and_no_shared_memory(up: Up) -> None:
     up.process.send_signal(signal.SIGTERM)
     assert up.process.wait(30) == 0
     assert up.text().endswith("Stopped.\n")
-    assert not psutil.wait_procs(processes, timeout=1)[1]
+    assert not [process for process in processes if server_module._is_there(process)]
     assert not list(server_module.SHARED_MEMORY.glob(f"{prefix}*"))
 
 
@@ -240,6 +240,7 @@ class Scripted:
     def __init__(self, *starts: ServerError | None) -> None:
         self.starts = list(starts)
         self.stops = 0
+        self.restarts = 0
 
     def start(self) -> None:
         if not self.starts:
@@ -268,6 +269,7 @@ def test_repeated_failures_are_tried_again_at_growing_intervals(monkeypatch: pyt
     assert "The server stopped serving: a stub ended." in said
     assert "no luck" in said
     assert server.stops == 1
+    assert server.restarts == 5
 
 
 def test_a_first_start_that_fails_is_not_tried_again() -> None:
