@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from talksplat import avatar as bundle
-from talksplat import bench
+from talksplat import bench, tenants
 from talksplat.server import ROOT, Ports, Server, ServerError
 from talksplat.supervisor import Supervisor
 
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (ServerError, bundle.BundleError, bundle.UnknownAvatarError, OSError) as error:
+    except (ServerError, tenants.TenantsError, bundle.BundleError, bundle.UnknownAvatarError, OSError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True, markup=False).print(f"talksplat-server: {error}")
         return 1
     except KeyboardInterrupt:
@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     up = commands.add_parser("up", help="serve until Ctrl-C or SIGTERM, and start again what dies")
     up.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: %(default)s")
     up.add_argument("--avatars", type=Path, default=ROOT / "avatars", help="folder of bundles; default: %(default)s")
+    up.add_argument("--tenants", type=Path, metavar="FILE", help="behind the edge: who may use what")
     default = Ports()
     up.add_argument("--http-port", type=int, default=default.http, help="default: %(default)s")
     up.add_argument("--grpc-port", type=int, default=default.grpc, help="default: %(default)s")
@@ -43,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--free-ports", action="store_true", help="take ports that are free instead")
     up.add_argument("--run-dir", type=Path, help="folder of the log; default: runs/PORT beside the repository")
     up.set_defaults(run=_up)
+
+    key = commands.add_parser("key", help="make an API key; prints it once, and what to write into the tenants file")
+    key.add_argument("--tenant", required=True, metavar="NAME", help="whose key it will be")
+    key.set_defaults(run=_key)
 
     benches = commands.add_parser("bench", help="measure; prints a table").add_subparsers(required=True, metavar="NAME")
     for module in pkgutil.iter_modules(bench.__path__):
@@ -65,7 +70,7 @@ def _up(arguments: argparse.Namespace) -> int:
     if arguments.free_ports:
         ports = Ports.free()
     run_dir = arguments.run_dir or arguments.repository.resolve().parent / "runs" / str(ports.grpc)
-    server = Server(arguments.repository, arguments.avatars, ports=ports, run_dir=run_dir)
+    server = Server(arguments.repository, arguments.avatars, tenants=arguments.tenants, ports=ports, run_dir=run_dir)
     console = Console(highlight=False, soft_wrap=True, markup=False)
 
     def serving() -> None:
@@ -81,6 +86,14 @@ def _up(arguments: argparse.Namespace) -> int:
         Supervisor(server, console.print).run(serving)
     except KeyboardInterrupt:
         console.print("Stopped.")
+    return 0
+
+
+def _key(arguments: argparse.Namespace) -> int:
+    tenants.check_name(arguments.tenant)
+    key, digest = tenants.key()
+    print(f"{key}\n\nThat is the key: it is kept nowhere. For the tenants file:\n")
+    print(f'[tenants.{arguments.tenant}]\nkeys = ["{digest}"]  # the key\'s SHA-256')
     return 0
 
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import http.client
 import importlib.util
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -41,6 +43,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from talksplat import avatar as bundle
 from talksplat import clock
+from talksplat.tenants import CANARY_VARIABLE, FILE_VARIABLE, HEADER, Tenants
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
@@ -116,6 +119,8 @@ class Server:
     Args:
         repository: the model repository, with the exported models in it.
         avatars: the folder of the avatar bundles.
+        tenants: the file of `talksplat.tenants`, for a server behind the edge: it then believes the header that names
+            the tenant. Without one everybody may do everything.
         ports: where to listen.
         run_dir: keeps the log, ``triton.log``, and the one before it; by default a temporary folder that a clean stop
             removes.
@@ -127,16 +132,19 @@ class Server:
         repository: Path = ROOT / "model_repository",
         avatars: Path = ROOT / "avatars",
         *,
+        tenants: Path | None = None,
         ports: Ports = Ports(),
         run_dir: Path | None = None,
         start_timeout: float = 60.0,
     ) -> None:
         self.repository = repository.resolve()
         self.avatars = avatars.resolve()
+        self.tenants = tenants and tenants.resolve()
         self.ports = ports
         self.run_dir = run_dir
         self.start_timeout = start_timeout
         self.restarts = 0  # that a supervisor has counted: told to the models, for the metrics
+        self._canary = ""  # the name that canaries go by, where every request needs a tenant's
         self._process: subprocess.Popen[str] | None = None
         self._stubs: list[psutil.Process] = []
         self._temporary: Path | None = None
@@ -180,12 +188,16 @@ class Server:
 
         Raises:
             ServerError: one of its kinds; nothing is left running.
+            TenantsError: the tenants file can't be used.
             OSError: the log can't be written.
         """
         wheel = _Wheel.find()
         _require_models(self.repository)
+        if self.tenants is not None:
+            Tenants.read(self.tenants)
         self.ports.check()
         _remove_abandoned()
+        self._canary = f"canary-{secrets.token_hex(16)}"  # never known outside, so that nobody else goes by it
         try:
             self._launch(wheel)
             self._wait_until_serving(time.monotonic() + self.start_timeout)
@@ -240,15 +252,16 @@ class Server:
         """
         avatar_id, huma1_id = self._sound_avatar(bundle.Avatar), self._sound_avatar(bundle.Huma1Avatar)
         with triton.InferenceServerClient(self.grpc_url, channel_args=NO_PROXY) as client:
+            ask = functools.partial(_ask, client, headers={HEADER: self._canary}, timeout=timeout)
             if avatar_id is None:
-                _ask(client, "transcribe", {"AUDIO": _SILENCE}, timeout)
+                ask("transcribe", {"AUDIO": _SILENCE})
             else:
-                _ask(client, "speech_to_animation", {"AUDIO": _SILENCE, **_first_frame(avatar_id)}, timeout)
+                ask("speech_to_animation", {"AUDIO": _SILENCE, **_first_frame(avatar_id)})
             if huma1_id is not None:
                 chunk = {"AUDIO": np.zeros(clock.WINDOW, np.float32), **_first_frame(huma1_id)}
                 batch = {name: array[None] for name, array in chunk.items()}
                 # who refuses an avatar answers: it may have been fitted to another speech encoder
-                _ask(client, bundle.Huma1Avatar.model, batch, timeout, may_refuse=True)
+                ask(bundle.Huma1Avatar.model, batch, may_refuse=True)
 
     def _sound_avatar(self, kind: type[bundle.AnyAvatar]) -> str | None:
         """An avatar of a profile that can be read: a broken bundle must not make a server look broken."""
@@ -273,7 +286,7 @@ class Server:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._process = subprocess.Popen(
             self._command(wheel, backends),
-            env=_environment(wheel, self.avatars, self.restarts),
+            env={**_environment(wheel), **self._told_to_models()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -285,7 +298,16 @@ class Server:
         assert self._process.stdout is not None
         self._log = _Log(self._process.stdout, run_dir / "triton.log")
 
+    def _told_to_models(self) -> dict[str, str]:
+        told = {
+            "TALKSPLAT_AVATARS": str(self.avatars),
+            "TALKSPLAT_RESTARTS": str(self.restarts),
+            CANARY_VARIABLE: self._canary,
+        }
+        return told if self.tenants is None else {**told, FILE_VARIABLE: str(self.tenants)}
+
     def _command(self, wheel: _Wheel, backends: Path) -> list[str]:
+        closed = f"closed={secrets.token_hex(16)}"  # a header that nobody is told
         return [
             str(wheel.server),
             f"--model-repository={self.repository}",
@@ -297,6 +319,10 @@ class Server:
             f"--grpc-port={self.ports.grpc}",
             f"--metrics-address={HOST}",
             f"--metrics-port={self.ports.metrics}",
+            f"--grpc-header-forward-pattern={_FORWARDED}",
+            f"--http-header-forward-pattern={_FORWARDED}",
+            f"--grpc-restricted-protocol={_CLOSED}:{closed}",
+            f"--http-restricted-api={_CLOSED}:{closed}",
             f"--exit-timeout-secs={_EXIT_SECONDS}",
             "--disable-auto-complete-config",  # a config says what it means, and the start is faster
             f"--backend-config=python,shm-region-prefix-name={self._prefix}",
@@ -348,6 +374,8 @@ class Server:
             self._temporary = None
 
 
+_FORWARDED = "(?i)x-talksplat-.*"  # headers that models see as request parameters
+_CLOSED = "model-repository,shared-memory,trace,logging"  # Triton's doors that nothing here needs
 _EXIT_SECONDS = 5  # that requests which run get to end when the server is told to stop
 
 
@@ -362,8 +390,9 @@ def _ask(
     client: triton.InferenceServerClient,
     model: str,
     arrays: dict[str, npt.NDArray[Any]],
-    timeout: float,
     *,
+    headers: dict[str, str],
+    timeout: float,
     may_refuse: bool = False,
 ) -> None:
     inputs = [
@@ -371,7 +400,7 @@ def _ask(
         for name, array in arrays.items()
     ]
     try:
-        client.infer(model, inputs, client_timeout=timeout)
+        client.infer(model, inputs, headers=headers, client_timeout=timeout)
     except InferenceServerException as error:
         if may_refuse and error.status() == "StatusCode.INVALID_ARGUMENT":
             return
@@ -485,15 +514,13 @@ def _end_with_launcher() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _environment(wheel: _Wheel, avatars: Path, restarts: int) -> dict[str, str]:
+def _environment(wheel: _Wheel) -> dict[str, str]:
     """PATH selects the stubs' interpreter; without these libraries the server's start hangs."""
     libraries = [str(wheel.libraries), sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH", "")]
     return {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
-        "TALKSPLAT_AVATARS": str(avatars),
-        "TALKSPLAT_RESTARTS": str(restarts),
         # each model has a process of its own: pools in all of them would fight for the cores
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",

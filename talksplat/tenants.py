@@ -178,6 +178,14 @@ def hash_of(key: str) -> str:
     return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
+def check_name(name: str) -> None:
+    """Raise TenantsError if ``name`` can't be a tenant's."""
+    if not _NAME.fullmatch(name):
+        raise TenantsError(
+            f"{name!r} is no tenant's name: expected 1 to 63 of a-z, 0-9, '-', '_', beginning with a letter or digit"
+        )
+
+
 def _stamp(path: Path) -> tuple[int, ...] | None:
     try:
         status = path.stat()
@@ -188,10 +196,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
 def _tenant(name: str, table: Any) -> Tenant:
     where = f"tenants.{name}"
-    if not _NAME.fullmatch(name):
-        raise TenantsError(
-            f"{name!r} is no tenant's name: expected 1 to 63 of a-z, 0-9, '-', '_', beginning with a letter or digit"
-        )
+    check_name(name)
     if not isinstance(table, dict):
         raise TenantsError(f"{where} is {table!r}, expected a table")
     _expect_fields(table, {"keys", "avatars", "streams", "requests_per_second"}, where)
