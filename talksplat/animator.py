@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
+import math
 import os
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, fields
-from functools import cached_property
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +29,13 @@ import simplejpeg
 from talksplat import avatar as bundle
 from talksplat import clock, splat
 from talksplat.avatar import AnyAvatar, Avatar, BundleError, Huma1Avatar
-from talksplat.cache import AvatarCache
+from talksplat.cache import AvatarCache, ByteCache, CacheCounts
 from talksplat.framing import RequestError
+from talksplat.schedule import BusyError, DeadlineError, Due, Schedule
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
+T = TypeVar("T")
 
 FORMATS = ("jpeg", "raw")
 SPEECH_EDGES = (0.1, 0.5)  # below the first the face rests, above the second it follows the voice in full
@@ -41,6 +45,12 @@ BLINK_JITTER = 50  # frames: so two blinks are 2 to 6 s apart
 BLINK_SHAPE = (0.35, 0.9, 1.0, 0.8, 0.45, 0.15)  # of the lids, frame by frame: they shut faster than they open
 
 MAX_FRAME_INDEX = 2**53  # as far as every client's numbers are exact
+
+CHUNK_SECONDS = clock.CHUNK_FRAMES / clock.FPS
+MAX_WAITING_BYTES = 256 << 20  # of chunks that were submitted and are not answered yet
+CHUNK_BYTES = 4096  # about what a waiting chunk takes besides its motion
+LOADING_THREADS = 4  # read bundles from the disk
+MAX_TIMES = 4096  # render times kept until somebody takes them
 
 
 @dataclass(frozen=True)
@@ -55,18 +65,21 @@ class Options:
     quality: int = 85  # of JPEG, 1 to 100
     size: int | None = None  # pixels a side, a multiple of 8 up to the avatar's own
     seed: int = 0  # of blinks and of the plate that frame 0 stands on
+    deadline_ms: int | None = None  # a chunk that is older when its turn comes is not rendered
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise RequestError(f"The parameter format is {self.format!r}, expected one of {', '.join(FORMATS)}.")
-        for name in ("quality", "size", "seed"):
-            value = getattr(self, name)
-            if (value is not None or name != "size") and (not isinstance(value, int) or isinstance(value, bool)):
+        for name in ("quality", "size", "seed", "deadline_ms"):
+            value, optional = getattr(self, name), name in ("size", "deadline_ms")
+            if (value is not None or not optional) and (not isinstance(value, int) or isinstance(value, bool)):
                 raise RequestError(f"The parameter {name} is {value!r}, expected a whole number.")
         if not 1 <= self.quality <= 100:
             raise RequestError(f"The parameter quality is {self.quality}, expected 1 to 100.")
         if self.size is not None and (self.size <= 0 or self.size % 8):
             raise RequestError(f"The parameter size is {self.size}, expected a multiple of 8.")
+        if self.deadline_ms is not None and self.deadline_ms < 1:
+            raise RequestError(f"The parameter deadline_ms is {self.deadline_ms}, expected 1 or more.")
 
     @classmethod
     def parse(cls, parameters: Mapping[str, Any]) -> Self:
@@ -77,13 +90,15 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """What one chunk's frames are drawn from."""
+    """What one chunk's frames are drawn from. An idle one has neither motion nor speech: nobody speaks."""
 
     avatar: str
-    motion: Float32  # [4, 20] coefficients, or [4, 14, N] offsets of an avatar of the profile "huma1"
-    speech: Float32  # [4] probability
+    motion: Float32 | None  # [4, 20] coefficients, or [4, 14, N] offsets of an avatar of the profile "huma1"
+    speech: Float32 | None  # [4] probability
     frame_index: int  # of the first frame
     options: Options = Options()
+    arrived: float = field(default_factory=time.monotonic)  # seconds; its age counts from here
+    tenant: str = ""  # whose frames and dropped chunks are counted
 
 
 def gate(
@@ -116,48 +131,115 @@ def _random(seed: int, number: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=6).digest(), "little")
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What an `Animator` has done so far, by tenant, and what its caches have."""
+
+    frames: Mapping[str, int]  # that were answered
+    idle_frames: Mapping[str, int]  # those of them that show the face at rest
+    dropped_chunks: Mapping[str, int]  # whose deadline had passed
+    caches: Mapping[str, CacheCounts]  # "avatars", "plates" and "resting"
+
+
 class Animator:
-    """Renders chunks on all cores, from avatars and plates that it keeps in memory.
+    """Renders chunks on all cores, from avatars, plates and resting frames that it keeps in memory.
+
+    Which chunk comes next: the one that is due first. A request's first chunk is due when it arrives, and each further
+    one a chunk's duration later, when a viewer needs it. So live chunks, which are requests of one, are drawn in the
+    order of their arrival; an utterance of 188 chunks lets every live one pass, gets as much as one live stream at the
+    least, and all of the machine when nobody else wants it. The frames of a chunk are drawn by all threads at once.
+
+    What waits is bounded: beyond `MAX_WAITING_BYTES` (some 60,000 chunks of the profile "huma2") chunks are refused.
+    Before that, `Options.deadline_ms` rids the queue of what nobody wants any more, unrendered.
 
     Args:
         root: the folder of the avatar bundles.
         avatar_bytes: how much memory loaded avatars may take.
         plate_bytes: how much memory decoded plates may take.
+        resting_bytes: how much memory frames of faces at rest may take, ready to be sent.
         threads: that render; by default one a core.
     """
 
     def __init__(
-        self, root: Path, *, avatar_bytes: int = 1 << 30, plate_bytes: int = 1 << 30, threads: int | None = None
+        self,
+        root: Path,
+        *,
+        avatar_bytes: int = 1 << 30,
+        plate_bytes: int = 1 << 30,
+        resting_bytes: int = 1 << 28,
+        threads: int | None = None,
     ) -> None:
-        self._plates = _PlateCache(plate_bytes)
-        self._avatars = AvatarCache(root, _Loaded.read, _Loaded.bytes_of, avatar_bytes, self._plates.forget)
-        self._pool = ThreadPoolExecutor(threads or len(os.sched_getaffinity(0)), thread_name_prefix="render")
+        self._plates: ByteCache[UInt8] = ByteCache(lambda plate: plate.nbytes, plate_bytes)
+        self._resting: ByteCache[bytes] = ByteCache(len, resting_bytes)
+        self._avatars = AvatarCache(root, _Loaded.read, _Loaded.bytes_of, avatar_bytes, self._forget)
+        self._schedule = Schedule(threads or len(os.sched_getaffinity(0)), "render")
+        self._loader = ThreadPoolExecutor(LOADING_THREADS, thread_name_prefix="load")
         self._buffers = threading.local()  # each thread's frame to draw into
+        self._numbers = itertools.count()  # of chunks
+        self._waiting_bytes = 0
+        self._frames: Counter[str] = Counter()
+        self._idle_frames: Counter[str] = Counter()
+        self._dropped_chunks: Counter[str] = Counter()
+        self._times: deque[float] = deque(maxlen=MAX_TIMES)
+        self._lock = threading.Lock()  # of the numbers above
+
+    def close(self) -> None:
+        """Refuse what is not begun, finish what is, and end the threads."""
+        self._schedule.close()
+        self._loader.shutdown()
 
     def render(self, chunks: Sequence[Chunk]) -> list[list[bytes] | Exception]:
         """The frames of every chunk, JPEG or raw RGB; for one that can't be rendered, the error in their place.
 
-        The error is a RequestError, UnknownAvatarError or BundleError, or whatever else went wrong with that chunk.
+        The error is a RequestError, UnknownAvatarError, BundleError, DeadlineError or BusyError, or whatever else went
+        wrong with that chunk.
         """
-        drawn: list[list[Future[bytes]] | Exception] = []
-        results: list[list[bytes] | Exception] = []
-        with contextlib.ExitStack() as in_use:
-            loaded: dict[str, _Loaded | Exception] = {}
-            for chunk in chunks:
-                if chunk.avatar not in loaded:
-                    try:
-                        loaded[chunk.avatar] = in_use.enter_context(self._avatars.use(chunk.avatar))
-                    except Exception as error:
-                        loaded[chunk.avatar] = error
-                drawn.append(self._draw(chunk, loaded[chunk.avatar]))
-            for frames in drawn:
-                results.append(frames if isinstance(frames, Exception) else _outcome(frames))
-        return results
+        return self.submit(chunks).result()
+
+    def submit(self, chunks: Sequence[Chunk]) -> Future[list[list[bytes] | Exception]]:
+        """Have the chunks of a request rendered: what `render` returns, as soon as the last of them is done.
+
+        Returns at once, whatever has to be read first. The future always ends, and its callbacks run in a thread that
+        renders: they should be short.
+        """
+        request = _Request(chunks)
+        with self._lock:
+            room = self._waiting_bytes + request.bytes <= MAX_WAITING_BYTES
+            self._waiting_bytes += request.bytes
+        request.future.add_done_callback(lambda _: self._answered(request))
+        try:
+            if not room:
+                raise BusyError("too many chunks wait already")
+            if all(request.take(name, self._avatars.use_at_once(name)) for name in request.missing()):
+                self._enqueue(request)
+            else:
+                self._loader.submit(self._load, request)
+        except Exception as error:
+            request.fail(error)
+        return request.future
+
+    def counts(self) -> Counts:
+        """Until now."""
+        with self._lock:
+            caches = {
+                "avatars": self._avatars.counts,
+                "plates": self._plates.counts,
+                "resting": self._resting.counts,
+            }
+            return Counts(dict(self._frames), dict(self._idle_frames), dict(self._dropped_chunks), caches)
+
+    def take_times(self) -> list[float]:
+        """How many milliseconds each frame took that was drawn since the last call, or the latest `MAX_TIMES`."""
+        with self._lock:
+            times = list(self._times)
+            self._times.clear()
+        return times
 
     def preload(self, avatar_id: str) -> dict[str, Any]:
         """Load an avatar, or its newer version, and draw one frame so that nothing is done for the first time later.
 
-        Of the profile "huma1", whose frames have no time to spare, all plates are decoded too, if there is room.
+        In the thread that calls it; those that render go on meanwhile. Of the profile "huma1", whose frames have no
+        time to spare, all plates are decoded too, if there is room.
 
         Raises:
             UnknownAvatarError: there is none.
@@ -167,14 +249,12 @@ class Animator:
         with self._avatars.use(avatar_id, strict=True) as loaded:
             avatar, cached = loaded.avatar, loaded.warm
             if not cached:
-                size, rest = (avatar.width, avatar.height), np.zeros(loaded.motion_shape, np.float32)
+                size = (avatar.width, avatar.height)
                 if isinstance(avatar, Huma1Avatar):
-                    list(
-                        self._pool.map(
-                            lambda index: self._plates.get(loaded, index, *size), range(self._plates.room(loaded))
-                        )
-                    )
-                self._pool.submit(self._frame, loaded, rest, 0.0, 0, size, Options()).result()
+                    room = self._plates.max_bytes // (avatar.width * avatar.height * 3)
+                    for index in range(min(room, len(avatar.plates))):
+                        self._plate(loaded, index, *size)
+                self._picture(_Frame(loaded, None, 0.0, 0, size, Options()))
                 loaded.warm = True
         return {
             "avatar": avatar_id,
@@ -203,51 +283,180 @@ class Animator:
         """Every avatar on disk, whether it is loaded, and the memory that loaded ones and decoded plates take."""
         loaded = set(self._avatars.ids())
         avatars = [{"id": name, "loaded": name in loaded} for name in bundle.available(self._avatars.root)]
-        return {"avatars": avatars, "avatar_bytes": self._avatars.bytes, "plate_bytes": self._plates.bytes}
+        return {
+            "avatars": avatars,
+            "avatar_bytes": self._avatars.counts.bytes,
+            "plate_bytes": self._plates.counts.bytes,
+            "resting_bytes": self._resting.counts.bytes,
+        }
 
-    def _draw(self, chunk: Chunk, loaded: _Loaded | Exception) -> list[Future[bytes]] | Exception:
-        """Start drawing a chunk's frames."""
-        if isinstance(loaded, Exception):
-            return loaded
-        avatar, options = loaded.avatar, chunk.options
+    def _answered(self, request: _Request) -> None:
+        with self._lock:
+            self._waiting_bytes -= request.bytes
+
+    def _load(self, request: _Request) -> None:
+        """Read the avatars that a request lacks, and go on with it."""
         try:
-            motion = _motion(chunk, loaded)
-            width, height = _output_size(avatar, options.size)
-        except RequestError as error:
-            return error
-        indices = range(chunk.frame_index, chunk.frame_index + clock.CHUNK_FRAMES)
-        return [
-            self._pool.submit(
-                self._frame,
-                loaded,
-                frame_motion,
-                blink(index, options.seed),
-                plate_index(index, options.seed, len(avatar.plates)),
-                (width, height),
-                options,
+            for name in request.missing():
+                try:
+                    request.take(name, self._avatars.use(name))
+                except Exception as error:
+                    request.avatars[name] = error
+            self._enqueue(request)
+        except BaseException as error:
+            request.fail(error)
+
+    def _enqueue(self, request: _Request) -> None:
+        now = time.monotonic()
+        for place, chunk in enumerate(request.chunks):
+            # who says that a chunk came long ago is not let past everybody for it
+            arrived = min(max(chunk.arrived, now - CHUNK_SECONDS), now)
+            due = (arrived + place * CHUNK_SECONDS, next(self._numbers))
+            try:
+                self._schedule.add(due, [partial(self._begin, request, place, due)])
+            except BusyError as error:
+                request.settle(place, error)
+
+    def _begin(self, request: _Request, place: int, due: Due) -> None:
+        """Look at a chunk whose turn has come, and have its frames drawn."""
+        chunk = request.chunks[place]
+        try:
+            self._check_age(chunk)
+            frames = _frames(chunk, request.avatars[chunk.avatar])
+            drawn: _Gathering[bytes] = _Gathering(len(frames), partial(request.settle, place))
+            self._schedule.add(
+                due, [partial(self._draw, drawn, number, frame, chunk.tenant) for number, frame in enumerate(frames)]
             )
-            for index, frame_motion in zip(indices, motion, strict=True)
-        ]
+        except BaseException as error:
+            request.settle(place, error)
 
-    def _frame(
-        self, loaded: _Loaded, motion: Float32, lids: float, plate: int, size: tuple[int, int], options: Options
-    ) -> bytes:
-        """One frame from its motion to bytes, in a thread of the pool: nothing of it waits for another frame."""
-        avatar, (width, height) = loaded.avatar, size
-        frame = self._frame_buffer(width, height)
-        behind = self._plates.get(loaded, plate, width, height)
-        shapes, weights = loaded.posed(motion, lids)
-        job = splat.Job(shapes, weights, avatar.viewmats[plate], loaded.intrinsics(width, height), behind, frame)
-        splat.render_onto([job], threads=1)
-        if options.format == "raw":
-            return frame.tobytes()
-        return bytes(simplejpeg.encode_jpeg(frame, options.quality, "RGB", "420", fastdct=True))
+    def _check_age(self, chunk: Chunk) -> None:
+        limit, age = chunk.options.deadline_ms, 1e3 * (time.monotonic() - chunk.arrived)
+        if limit is not None and age > limit:
+            with self._lock:
+                self._dropped_chunks[chunk.tenant] += 1
+            raise DeadlineError(f"the chunk is {math.ceil(age)} ms old, beyond its deadline of {limit} ms")
 
-    def _frame_buffer(self, width: int, height: int) -> UInt8:
-        buffer: UInt8 | None = getattr(self._buffers, "frame", None)
+    def _draw(self, drawn: _Gathering[bytes], number: int, frame: _Frame, tenant: str) -> None:
+        began = time.perf_counter()
+        try:
+            picture: bytes | BaseException = self._picture(frame)
+        except BaseException as error:
+            picture = error
+        with self._lock:
+            self._times.append(1e3 * (time.perf_counter() - began))
+            self._frames[tenant] += 1
+            self._idle_frames[tenant] += frame.motion is None
+        drawn.put(number, picture)
+
+    def _picture(self, frame: _Frame) -> bytes:
+        """One frame, JPEG or raw RGB; one at rest as it was drawn the last time, if it is still there."""
+        if frame.motion is not None:
+            return self._rendered(frame)
+        key = (frame.plate, frame.lids, frame.size, frame.options.format, frame.options.quality)
+        return self._resting.get(frame.loaded, key, lambda: self._rendered(frame))
+
+    def _rendered(self, frame: _Frame) -> bytes:
+        loaded, avatar, (width, height) = frame.loaded, frame.loaded.avatar, frame.size
+        image = self._buffer(width, height)
+        behind = self._plate(loaded, frame.plate, width, height)
+        motion = np.zeros(loaded.motion_shape, np.float32) if frame.motion is None else frame.motion
+        shapes, weights = loaded.posed(motion, frame.lids)
+        camera = loaded.intrinsics(width, height)
+        splat.render_onto([splat.Job(shapes, weights, avatar.viewmats[frame.plate], camera, behind, image)], threads=1)
+        if frame.options.format == "raw":
+            return image.tobytes()
+        return bytes(simplejpeg.encode_jpeg(image, frame.options.quality, "RGB", "420", fastdct=True))
+
+    def _plate(self, loaded: _Loaded, index: int, width: int, height: int) -> UInt8:  # [height, width, 3] RGB
+        return self._plates.get(loaded, (index, width, height), lambda: _decoded(loaded.avatar, index, width, height))
+
+    def _forget(self, loaded: _Loaded) -> None:
+        self._plates.forget(loaded)
+        self._resting.forget(loaded)
+
+    def _buffer(self, width: int, height: int) -> UInt8:
+        buffer: UInt8 | None = getattr(self._buffers, "image", None)
         if buffer is None or buffer.shape[:2] != (height, width):
-            buffer = self._buffers.frame = np.empty((height, width, 3), np.uint8)
+            buffer = self._buffers.image = np.empty((height, width, 3), np.uint8)
         return buffer
+
+
+class _Gathering(Generic[T]):
+    """Pieces that several threads make; whoever brings the last one hands over all, or the first error."""
+
+    def __init__(self, count: int, done: Callable[[list[T] | BaseException], None]) -> None:
+        self._pieces: list[T | BaseException | None] = [None] * count
+        self._left = count
+        self._done = done
+        self._lock = threading.Lock()
+
+    def put(self, place: int, piece: T | BaseException) -> None:
+        """Bring the piece of a place, once."""
+        with self._lock:
+            self._pieces[place] = piece
+            self._left -= 1
+            left = self._left
+        if not left:
+            errors = [piece for piece in self._pieces if isinstance(piece, BaseException)]
+            self._done(errors[0] if errors else cast(list[T], self._pieces))
+
+
+class _Request:
+    """Chunks that are answered together, and the avatars that they hold meanwhile."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self.chunks = chunks
+        self.bytes = sum(CHUNK_BYTES + (0 if chunk.motion is None else chunk.motion.nbytes) for chunk in chunks)
+        self.avatars: dict[str, _Loaded | Exception] = {}
+        self.future: Future[list[list[bytes] | Exception]] = Future()
+        self._results: list[list[bytes] | Exception] = [BusyError("it was not begun")] * len(chunks)
+        self._left = len(chunks)
+        self._in_use = contextlib.ExitStack()
+        self._lock = threading.Lock()
+        if not chunks:
+            self.future.set_result([])
+
+    def missing(self) -> set[str]:
+        """The avatars that it does not hold yet."""
+        return {chunk.avatar for chunk in self.chunks} - set(self.avatars)
+
+    def take(self, name: str, use: contextlib.AbstractContextManager[_Loaded] | None) -> bool:
+        """Hold an avatar to the end; whether there was one to be held."""
+        if use is not None:
+            self.avatars[name] = self._in_use.enter_context(use)
+        return use is not None
+
+    def settle(self, place: int, outcome: list[bytes] | BaseException) -> None:
+        """Once for each chunk: its frames, or why there are none."""
+        if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
+            outcome = RuntimeError(f"the renderer was ended by {type(outcome).__name__}")
+        with self._lock:
+            self._results[place] = outcome
+            self._left -= 1
+            left = self._left
+        if not left:
+            try:
+                self._in_use.close()
+            finally:
+                self.future.set_result(self._results)
+
+    def fail(self, error: BaseException) -> None:
+        """Settle all chunks, before any was begun."""
+        for place in range(len(self.chunks)):
+            self.settle(place, error)
+
+
+@dataclass(frozen=True, eq=False)
+class _Frame:
+    """All that one frame depends on."""
+
+    loaded: _Loaded
+    motion: Float32 | None  # [20] or [14, N], gated; None at rest
+    lids: float
+    plate: int
+    size: tuple[int, int]  # width, height
+    options: Options
 
 
 @dataclass(eq=False)
@@ -306,48 +515,13 @@ def posed(
     return splat.Blendshapes(planes, none, np.zeros((bundle.ATTRIBUTES, 0), np.float32))
 
 
-class _PlateCache:
-    """Decoded plates, least recently used out first. Any thread may call anything."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._plates: OrderedDict[tuple[_Loaded, int, int, int], UInt8] = OrderedDict()
-        self._bytes = 0
-        self._lock = threading.Lock()
-
-    @property
-    def bytes(self) -> int:
-        return self._bytes
-
-    def get(self, loaded: _Loaded, index: int, width: int, height: int) -> UInt8:
-        """The plate as RGB [height, width, 3]; raises BundleError if it is no JPEG."""
-        key = (loaded, index, width, height)
-        with self._lock:
-            if key in self._plates:
-                self._plates.move_to_end(key)
-                return self._plates[key]
-        try:
-            plate = simplejpeg.decode_jpeg(loaded.avatar.plates[index], "RGB", min_height=height, min_width=width)
-        except ValueError as error:
-            raise BundleError(f"plate {index} of avatar {loaded.avatar.id!r} can't be decoded: {error}") from error
-        plate = _shrink(plate, width, height)
-        with self._lock:
-            if key not in self._plates:
-                self._plates[key] = plate
-                self._bytes += plate.nbytes
-            while self._bytes > self._max_bytes and len(self._plates) > 1:
-                self._bytes -= self._plates.popitem(last=False)[1].nbytes
-        return plate
-
-    def room(self, loaded: _Loaded) -> int:
-        """How many plates of an avatar, at its own size, the budget holds."""
-        avatar = loaded.avatar
-        return min(len(avatar.plates), self._max_bytes // (avatar.width * avatar.height * 3))
-
-    def forget(self, loaded: _Loaded) -> None:
-        with self._lock:
-            for key in [key for key in self._plates if key[0] is loaded]:
-                self._bytes -= self._plates.pop(key).nbytes
+def _decoded(avatar: AnyAvatar, index: int, width: int, height: int) -> UInt8:  # [height, width, 3] RGB
+    """A plate; raises BundleError if it is no JPEG."""
+    try:
+        plate = simplejpeg.decode_jpeg(avatar.plates[index], "RGB", min_height=height, min_width=width)
+    except ValueError as error:
+        raise BundleError(f"plate {index} of avatar {avatar.id!r} can't be decoded: {error}") from error
+    return _shrink(plate, width, height)
 
 
 def _shrink(image: UInt8, width: int, height: int) -> UInt8:
@@ -369,14 +543,25 @@ def _taps(old: int, new: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp
     return low, np.minimum(low + 1, old - 1), (place - low).astype(np.float32)
 
 
-def _outcome(frames: Sequence[Future[bytes]]) -> list[bytes] | Exception:
-    """A chunk's frames, or the first error; either way none of them is being drawn any more."""
-    errors = [error for frame in frames if isinstance(error := frame.exception(), Exception)]
-    return errors[0] if errors else [frame.result() for frame in frames]
+def _frames(chunk: Chunk, loaded: _Loaded | Exception) -> list[_Frame]:
+    """What a chunk's frames are drawn from; raises RequestError where that can't be, or why the avatar is not there."""
+    if isinstance(loaded, Exception):
+        raise loaded
+    if not 0 <= chunk.frame_index <= MAX_FRAME_INDEX:
+        raise RequestError(f"FRAME_INDEX is {chunk.frame_index}, expected 0 to {MAX_FRAME_INDEX}.")
+    options, plates = chunk.options, len(loaded.avatar.plates)
+    size = _output_size(loaded.avatar, options.size)
+    indices = range(chunk.frame_index, chunk.frame_index + clock.CHUNK_FRAMES)
+    return [
+        _Frame(loaded, motion, blink(index, options.seed), plate_index(index, options.seed, plates), size, options)
+        for index, motion in zip(indices, _motions(chunk, loaded), strict=True)
+    ]
 
 
-def _motion(chunk: Chunk, loaded: _Loaded) -> Float32:  # [4, 20] or [4, 14, N]
-    """The gated motion; raises RequestError for what no frame can be drawn from."""
+def _motions(chunk: Chunk, loaded: _Loaded) -> list[Float32 | None]:
+    """The gated motion of each frame, None at rest; raises RequestError for what no frame can be drawn from."""
+    if chunk.motion is None or chunk.speech is None:
+        return [None] * clock.CHUNK_FRAMES
     avatar = loaded.avatar
     if (chunk.motion.ndim == 3) != isinstance(avatar, Huma1Avatar):
         raise RequestError(
@@ -391,9 +576,10 @@ def _motion(chunk: Chunk, loaded: _Loaded) -> Float32:  # [4, 20] or [4, 14, N]
             raise RequestError(f"{name} of a chunk has shape {list(array.shape)}, expected {list(shape)}.")
         if not np.isfinite(array).all():
             raise RequestError(f"{name} holds NaN or infinity; so did the audio, or it was far beyond [-1, 1].")
-    if not 0 <= chunk.frame_index <= MAX_FRAME_INDEX:
-        raise RequestError(f"FRAME_INDEX is {chunk.frame_index}, expected 0 to {MAX_FRAME_INDEX}.")
-    return np.asarray(chunk.motion * gate(chunk.speech).reshape(-1, *(1 for _ in loaded.motion_shape)), np.float32)
+    return [
+        np.asarray(motion * share, np.float32) if share else None
+        for motion, share in zip(chunk.motion, gate(chunk.speech), strict=True)
+    ]
 
 
 def _output_size(avatar: AnyAvatar, size: int | None) -> tuple[int, int]:

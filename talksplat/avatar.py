@@ -233,6 +233,15 @@ def check_id(avatar_id: str, error: type[Exception] = ValueError) -> str:
     return avatar_id
 
 
+def unknown(avatar_id: str) -> UnknownAvatarError:
+    """The error that says that there is no such avatar, whether it is not there or is kept from who asks."""
+    try:
+        check_id(avatar_id, UnknownAvatarError)
+    except UnknownAvatarError as error:
+        return error
+    return UnknownAvatarError(f"there is no avatar {avatar_id!r}")
+
+
 def available(root: Path) -> list[str]:
     """Ids of the bundles below ``root``, sorted; that one is listed does not mean that it is sound."""
     if not root.is_dir():
@@ -351,7 +360,7 @@ def version(root: Path, avatar_id: str) -> tuple[int, int, int]:
         try:
             status = path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            raise UnknownAvatarError(f"there is no avatar {avatar_id!r}") from None
+            raise unknown(avatar_id) from None
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 

@@ -1,4 +1,4 @@
-"""What has been loaded from avatar bundles, kept within a budget of bytes."""
+"""What was loaded, decoded or drawn once and may be wanted again, kept within a budget of bytes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -20,6 +21,61 @@ T = TypeVar("T")
 CHECK_SECONDS = 1.0  # how long a loaded bundle is served without a look at the disk
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CacheCounts:
+    """What a cache has done so far, and holds now."""
+
+    hits: int
+    misses: int
+    bytes: int
+
+
+class ByteCache(Generic[T]):
+    """Values that can be made anew, least recently used out first. Any thread may call anything.
+
+    Args:
+        size: the bytes that a value takes.
+        max_bytes: of all together; exceeded only by a single value above it.
+    """
+
+    def __init__(self, size: Callable[[T], int], max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._size = size
+        self._values: OrderedDict[tuple[object, Hashable], T] = OrderedDict()
+        self._bytes = self._hits = self._misses = 0
+        self._lock = threading.Lock()
+
+    def get(self, owner: object, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of ``key`` among those of ``owner``; ``make`` makes it, perhaps in two threads at a time."""
+        whole = (owner, key)
+        with self._lock:
+            if whole in self._values:
+                self._values.move_to_end(whole)
+                self._hits += 1
+                return self._values[whole]
+            self._misses += 1
+        value = make()
+        with self._lock:
+            if whole not in self._values:
+                self._values[whole] = value
+                self._bytes += self._size(value)
+            while self._bytes > self.max_bytes and len(self._values) > 1:
+                self._bytes -= self._size(self._values.popitem(last=False)[1])
+        return value
+
+    def forget(self, owner: object) -> None:
+        """Drop all that is an owner's."""
+        with self._lock:
+            for whole in [whole for whole in self._values if whole[0] is owner]:
+                self._bytes -= self._size(self._values.pop(whole))
+
+    @property
+    def counts(self) -> CacheCounts:
+        """Until now."""
+        with self._lock:
+            return CacheCounts(self._hits, self._misses, self._bytes)
 
 
 @dataclass(eq=False)
@@ -60,8 +116,11 @@ class AvatarCache(Generic[T]):
         self._dropped = dropped
         self._entries: OrderedDict[str, _Entry[T]] = OrderedDict()
         self._left: list[_Entry[T]] = []  # the cache, but not the hands of their users yet
+        self._hits = self._misses = 0
         self._lock = threading.Lock()  # of the entries, held for moments
-        self._loading = threading.Lock()  # one bundle is read at a time, and none twice
+        # of one avatar each, as long as somebody has to do with it: while it is read nobody else reads it, and those
+        # who want another one need not wait
+        self._loading: weakref.WeakValueDictionary[str, threading.Lock] = weakref.WeakValueDictionary()
 
     @contextlib.contextmanager
     def use(self, avatar_id: str, *, strict: bool = False) -> Iterator[T]:
@@ -78,14 +137,17 @@ class AvatarCache(Generic[T]):
         entry = None if strict else self._acquire(avatar_id, CHECK_SECONDS)
         if entry is None:
             entry = self._refresh(avatar_id, strict)
-        try:
-            yield entry.value
-        finally:
-            self._release(entry)
+        with self._held(entry) as value:
+            yield value
+
+    def use_at_once(self, avatar_id: str) -> contextlib.AbstractContextManager[T] | None:
+        """As `use`, for those who can't wait: None where the disk would have to be looked at."""
+        entry = self._acquire(avatar_id, CHECK_SECONDS)
+        return None if entry is None else self._held(entry)
 
     def drop(self, avatar_id: str) -> bool:
         """Forget an avatar; whether it was loaded. Who uses it now keeps it to the end."""
-        with self._loading:
+        with self._turn(avatar_id):
             return self._drop(avatar_id)
 
     def ids(self) -> list[str]:
@@ -94,10 +156,22 @@ class AvatarCache(Generic[T]):
             return list(self._entries)
 
     @property
-    def bytes(self) -> int:
-        """Of all loaded avatars."""
+    def counts(self) -> CacheCounts:
+        """Until now; a miss is a bundle that was read."""
         with self._lock:
-            return sum(entry.bytes for entry in self._entries.values())
+            return CacheCounts(self._hits, self._misses, sum(entry.bytes for entry in self._entries.values()))
+
+    @contextlib.contextmanager
+    def _held(self, entry: _Entry[T]) -> Iterator[T]:
+        """What an entry holds, which was acquired, until the block ends."""
+        try:
+            yield entry.value
+        finally:
+            self._release(entry)
+
+    def _turn(self, avatar_id: str) -> threading.Lock:
+        with self._lock:
+            return self._loading.setdefault(avatar_id, threading.Lock())
 
     def _acquire(self, avatar_id: str, max_age: float) -> _Entry[T] | None:
         """A loaded avatar, with one user more, if its bundle was looked at in the last ``max_age`` seconds."""
@@ -107,6 +181,7 @@ class AvatarCache(Generic[T]):
                 return None
             self._entries.move_to_end(avatar_id)
             entry.users += 1
+            self._hits += 1
             return entry
 
     def _release(self, entry: _Entry[T]) -> None:
@@ -115,7 +190,7 @@ class AvatarCache(Generic[T]):
         self._let_go()
 
     def _refresh(self, avatar_id: str, strict: bool) -> _Entry[T]:
-        with self._loading:
+        with self._turn(avatar_id):
             if not strict and (entry := self._acquire(avatar_id, CHECK_SECONDS)) is not None:
                 return entry  # another thread was faster
             old = self._acquire(avatar_id, math.inf)  # so that nobody evicts it meanwhile
@@ -143,6 +218,8 @@ class AvatarCache(Generic[T]):
             version = self._version(avatar_id, patient=old is not None)
             if old is not None and old.version == version:
                 return old
+            with self._lock:
+                self._misses += 1
             value = self._load(self.root, avatar_id)
         except bundle.BundleError as error:
             if old is None or strict:

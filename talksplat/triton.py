@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from talksplat.avatar import ProfileError, SpeechEncoderError, UnknownAvatarError
+from talksplat import tenants
+from talksplat.avatar import ProfileError, SpeechEncoderError, UnknownAvatarError, unknown
 from talksplat.framing import RequestError
+from talksplat.schedule import BusyError, DeadlineError
+from talksplat.tenants import Tenants, TenantsFile
 
 
 def array(request: Any, name: str) -> Any:
-    """The input ``name`` as an array.
+    """The input ``name`` as an array, which is gone when the request is answered.
 
     Raises:
         RequestError: the request lacks it, which only an optional one can be.
@@ -28,12 +33,78 @@ def avatar_ids(request: Any) -> list[str]:
     return [avatar_id.decode(errors="replace") for avatar_id in array(request, "AVATAR")[:, 0]]
 
 
-def asks_to_unload(request: Any) -> bool:
+def parameters(request: Any) -> dict[str, Any]:
+    """The request's parameters, the headers that Triton forwards among them, by name in lower case.
+
+    Raises:
+        RequestError: a name stands twice: a client has sent a parameter with the name of a header that the edge sets.
+    """
+    return dict(json.loads(request.parameters() or "{}", object_pairs_hook=_without_doubles))
+
+
+def _without_doubles(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    named = {name.lower(): value for name, value in pairs}
+    if len(named) < len(pairs):
+        raise RequestError("A parameter stands twice in the request, or is a header too.")
+    return named
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks: a tenant, or without tenants somebody who may do everything."""
+
+    tenant: str  # its name; "" without tenants, and for the server's own canary
+    forwarded: Mapping[str, str]  # parameters with which other models are asked on its behalf
+    _name: str
+    _tenants: Tenants | None
+
+    def may_use(self, avatar_id: str) -> bool:
+        """Whether an avatar of this id is the caller's, should there be one."""
+        return self._tenants is None or self._tenants.may_use(self._name, avatar_id)
+
+    def require(self, avatar_ids: Sequence[str]) -> None:
+        """Raise UnknownAvatarError, as for one that is not there, if an avatar is not the caller's."""
+        for avatar_id in avatar_ids:
+            if not self.may_use(avatar_id):
+                raise unknown(avatar_id)
+
+    def require_alone(self, avatar_ids: Sequence[str]) -> None:
+        """As `require`; raise RequestError if an avatar is another tenant's too."""
+        self.require(avatar_ids)
+        for avatar_id in avatar_ids:
+            if self._tenants is not None and self._tenants.others(self._name, avatar_id):
+                raise RequestError(f"Avatar {avatar_id!r} is not yours alone, so you can't unload it.")
+
+
+class Door:
+    """Tells callers by what the edge has written into their requests.
+
+    Raises:
+        TenantsError: on construction, when the tenants file is broken.
+    """
+
+    def __init__(self) -> None:
+        self._file = TenantsFile.of_environment()
+
+    def caller(self, parameters: Mapping[str, Any]) -> Caller:
+        """Who sent a request with these parameters.
+
+        Raises:
+            RequestError: there are tenants, and it is none of them.
+        """
+        if self._file is None:
+            return Caller("", {}, "", None)
+        known, name = self._file.tenants, parameters.get(tenants.HEADER)
+        if not isinstance(name, str) or not known.knows(name):
+            raise RequestError(f"The header {tenants.HEADER}, which the edge sets, names no tenant.")
+        return Caller(name if name in known.by_name else "", {tenants.HEADER: name}, name, known)
+
+
+def asks_to_unload(request: Any, parameters: Mapping[str, Any]) -> bool:
     """Whether the rasterizer passes on that its avatars are to be forgotten.
 
     A request of an ensemble has more inputs than AVATAR; an operation in it is the rasterizer's to refuse.
     """
-    parameters = json.loads(request.parameters() or "{}")
     return parameters.get("operation") == "unload" and len(request.inputs()) == 1
 
 
@@ -42,12 +113,16 @@ def response(**outputs: Any) -> Any:
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, output) for name, output in outputs.items()])
 
 
-def failure(error: Exception) -> Any:
+def failure(error: BaseException) -> Any:
     """The response that tells a client about an error, in a sentence."""
     if isinstance(error, RequestError | ProfileError | SpeechEncoderError):
         code = pb_utils.TritonError.INVALID_ARG
     elif isinstance(error, UnknownAvatarError):
         code = pb_utils.TritonError.NOT_FOUND
+    elif isinstance(error, DeadlineError):
+        code = pb_utils.TritonError.CANCELLED
+    elif isinstance(error, BusyError):
+        code = pb_utils.TritonError.UNAVAILABLE
     else:
         code = pb_utils.TritonError.INTERNAL
     message = str(error) or type(error).__name__

@@ -80,6 +80,7 @@ def test_a_frame_is_the_offset_gaussians_and_the_blink_over_the_plate(animator: 
     asked = chunk(index=start)
     (frames,) = animator.render([asked])
     assert isinstance(frames, list)
+    assert asked.motion is not None
     for number, frame in enumerate(frames):
         planes = avatar.canonical + asked.motion[number] + np.float32(blink(start + number)) * avatar.blink
         plate = plate_index(start + number, 0, len(avatar.plates))
@@ -106,6 +107,7 @@ def test_motion_of_another_profile_or_size_is_refused(animator: Animator) -> Non
     coefficients = np.zeros((clock.CHUNK_FRAMES, bundle.COEFFICIENTS), np.float32)
     other = Chunk(VIOLET, coefficients, np.ones(clock.CHUNK_FRAMES, np.float32), 0)
     bad = chunk()
+    assert bad.motion is not None
     bad.motion[1, 2, 3] = np.inf
     results = animator.render([other, chunk(RED), chunk(gaussians=299), bad, chunk()])
     reasons = [str(result) for result in results if isinstance(result, RequestError)]

@@ -45,6 +45,7 @@ def test_a_frame_is_the_blended_avatar_over_its_plate(animator: Animator) -> Non
     avatar, asked = make_avatar("red"), chunk(index=30)
     (frames,) = animator.render([asked])
     assert not isinstance(frames, Exception)
+    assert asked.motion is not None
     shapes = splat.Blendshapes(avatar.canonical, avatar.bases, avatar.basis_scales)
     for offset, frame in enumerate(frames):
         weights = np.append(asked.motion[offset], np.float32(blink(30 + offset)))
@@ -65,6 +66,7 @@ def test_each_chunk_gets_its_own_frames_or_its_own_error(animator: Animator, roo
     (root / "broken").mkdir()
     (root / "broken" / "avatar.json").write_text("{}")
     bad = chunk()
+    assert bad.motion is not None
     bad.motion[2, 3] = np.nan
     asked = [
         *(chunk("red"), chunk("nobody"), chunk("green", 8), chunk("broken"), bad),

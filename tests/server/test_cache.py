@@ -60,7 +60,7 @@ def test_the_least_recently_used_leaves_first(root: Path) -> None:
         counted.touch(name)
     assert counted.cache.ids() == ["red", "blue"]
     assert counted.dropped == ["green"]
-    assert counted.cache.bytes == 2 * SIZE
+    assert counted.cache.counts.bytes == 2 * SIZE
 
 
 def test_what_is_in_use_is_never_evicted(root: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_replaced_bundle_is_noticed(root: Path) -> None:
         assert (old.width, new.width) == (64, 32)
     assert counted.loads == ["red", "red"]
     assert counted.dropped == ["red"]
-    assert counted.cache.bytes == SIZE
+    assert counted.cache.counts.bytes == SIZE
 
 
 @pytest.mark.usefixtures("always_look")
@@ -151,7 +151,7 @@ def test_many_threads_get_the_right_avatars_within_the_budget(root: Path) -> Non
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert counted.cache.bytes == SIZE
+    assert counted.cache.counts.bytes == SIZE
     assert len(counted.loads) == len(counted.dropped) + 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from talksplat import avatar as bundle
 from talksplat import triplanes
 from talksplat.cache import AvatarCache
-from talksplat.triton import asks_to_unload, avatar_ids, failure, response
+from talksplat.triton import Door, asks_to_unload, avatar_ids, failure, parameters, response
 
 CACHE_BYTES = 256 << 20  # some 90 avatars
 
@@ -25,6 +26,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Nothing is read before it is asked for."""
+        self.door = Door()
         self.encoder = json.loads(args["model_config"])["parameters"]["speech_encoder"]["string_value"]
         self.nets = AvatarCache(
             Path(os.environ["TALKSPLAT_AVATARS"]),
@@ -35,16 +37,22 @@ class TritonPythonModel:
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
-        return [self._look_up(request) for request in requests]
+        arrived = time.monotonic()
+        return [self._look_up(request, arrived) for request in requests]
 
-    def _look_up(self, request: Any) -> Any:
+    def _look_up(self, request: Any, arrived: float) -> Any:
         try:
-            if asks_to_unload(request):
-                for avatar_id in avatar_ids(request):
+            asked, names = parameters(request), avatar_ids(request)
+            caller = self.door.caller(asked)
+            if asks_to_unload(request, asked):
+                caller.require_alone(names)
+                for avatar_id in names:
                     self.nets.drop(avatar_id)
                 return response()
-            nets = [self._net(avatar_id) for avatar_id in avatar_ids(request)]
-            return response(**{name: np.stack([net[name] for net in nets]) for name in nets[0]})
+            caller.require(names)
+            nets = [self._net(avatar_id) for avatar_id in names]
+            tensors = {name: np.stack([net[name] for net in nets]) for name in nets[0]}
+            return response(**tensors, ARRIVED=np.full((len(nets), 1), arrived))
         except Exception as error:
             return failure(error)
 

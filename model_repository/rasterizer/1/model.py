@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,91 +16,141 @@ import triton_python_backend_utils as pb_utils
 from talksplat.animator import Animator, Chunk, Options
 from talksplat.avatar import HUMA1_WEIGHTS, SPEECH_WIDTH, WINDOW_TOKENS, BundleError, Huma1Avatar
 from talksplat.framing import RequestError
-from talksplat.triton import array, avatar_ids, failure, response
+from talksplat.triton import Caller, Door, array, avatar_ids, failure, parameters, response
+
+OPERATING_THREADS = 2  # run preload, unload and list: who asks for a third one waits, but nobody who wants frames
 
 
 class TritonPythonModel:
-    """See config.pbtxt."""
+    """See config.pbtxt.
+
+    `execute` hands requests over and returns at once; a request is answered by the thread that has done the last of it.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start the threads; avatars are read when they are asked for."""
-        parameters = json.loads(args["model_config"])["parameters"]
-        avatar_bytes, plate_bytes = (
-            int(parameters[name]["string_value"]) << 20 for name in ("avatar_megabytes", "plate_megabytes")
-        )
-        root = Path(os.environ["TALKSPLAT_AVATARS"])
-        self.animator = Animator(root, avatar_bytes=avatar_bytes, plate_bytes=plate_bytes)
-        self.operations: dict[str, Callable[[str], dict[str, Any]]] = {
+        settings = json.loads(args["model_config"])["parameters"]
+        budgets = {
+            f"{kept}_bytes": int(settings[f"{kept}_megabytes"]["string_value"]) << 20
+            for kept in ("avatar", "plate", "resting")
+        }
+        self.door = Door()
+        self.animator = Animator(Path(os.environ["TALKSPLAT_AVATARS"]), **budgets)
+        self.operators = ThreadPoolExecutor(OPERATING_THREADS, thread_name_prefix="operate")
+        self.operations: dict[str, Callable[[Caller, str], dict[str, Any]]] = {
             "preload": self._preload,
             "unload": self._unload,
-            "list": lambda _: self.animator.catalogue(),
+            "list": self._list,
         }
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request; the chunks of all of them are rendered together."""
-        responses: list[Any] = [None] * len(requests)
-        chunks: list[Chunk] = []
-        spans: dict[int, slice] = {}  # of a request's chunks
-        for number, request in enumerate(requests):
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Take up requests; each is answered later, through its response sender."""
+        for request in requests:
+            sender = request.get_response_sender()
             try:
-                parameters = json.loads(request.parameters() or "{}")
-                if "operation" in parameters:
-                    responses[number] = self._operate(request, parameters["operation"])
-                else:
-                    own = _chunks(request, Options.parse(parameters))
-                    spans[number] = slice(len(chunks), len(chunks) + len(own))
-                    chunks += own
+                self._take_up(request, sender)
             except Exception as error:
-                responses[number] = failure(error)
-        frames = self.animator.render(chunks)
-        for number, span in spans.items():
-            errors = [each for each in frames[span] if isinstance(each, Exception)]
-            responses[number] = failure(errors[0]) if errors else response(FRAMES=np.array(frames[span], np.object_))
-        return responses
+                _send(sender, failure(error))
 
-    def _operate(self, request: Any, name: object) -> Any:
+    def finalize(self) -> None:
+        """End the threads."""
+        self.operators.shutdown(cancel_futures=True)
+        self.animator.close()
+
+    def _take_up(self, request: Any, sender: Any) -> None:
+        asked = parameters(request)
+        caller = self.door.caller(asked)
+        if "operation" in asked:
+            operation = self._operation(request, asked["operation"])
+            names = avatar_ids(request)
+            _answer(sender, self.operators.submit(lambda: [operation(caller, name) for name in names]), _reports)
+        else:
+            chunks = _chunks(request, Options.parse(asked), caller)
+            _answer(sender, self.animator.submit(chunks), _frames)
+
+    def _operation(self, request: Any, name: object) -> Callable[[Caller, str], dict[str, Any]]:
         if name not in self.operations:
             raise RequestError(f"The parameter operation is {name!r}, expected one of {', '.join(self.operations)}.")
         if len(request.inputs()) > 1:  # who may animate may not do this by the way
             raise RequestError("An operation takes AVATAR alone: ask the model rasterizer for it.")
-        operation = self.operations[str(name)]
-        reports = [[json.dumps(operation(avatar_id)).encode()] for avatar_id in avatar_ids(request)]
-        return response(REPORT=np.array(reports, np.object_))
+        return self.operations[str(name)]
 
-    def _preload(self, avatar_id: str) -> dict[str, Any]:
+    def _list(self, caller: Caller, _: str) -> dict[str, Any]:
+        report = self.animator.catalogue()
+        return {**report, "avatars": [each for each in report["avatars"] if caller.may_use(each["id"])]}
+
+    def _preload(self, caller: Caller, avatar_id: str) -> dict[str, Any]:
+        caller.require([avatar_id])
         report = self.animator.preload(avatar_id)
         if report["profile"] == Huma1Avatar.profile and not report["cached"]:
             began = time.perf_counter()
             try:
-                _warm_up_huma1(avatar_id)
+                _warm_up_huma1(caller, avatar_id)
             except Exception:
                 self.animator.unload(avatar_id)  # it can't be animated
                 raise
             report["milliseconds"] += round(1e3 * (time.perf_counter() - began), 2)
         return report
 
-    def _unload(self, avatar_id: str) -> dict[str, Any]:
+    def _unload(self, caller: Caller, avatar_id: str) -> dict[str, Any]:
+        caller.require_alone([avatar_id])
         report = self.animator.unload(avatar_id)
         for model in ("avatar", "avatar_huma1"):
-            _ask(model, [_name(avatar_id)], [], {"operation": "unload"})
+            _ask(model, [_name(avatar_id)], [], {**caller.forwarded, "operation": "unload"})
         return report
 
 
-def _warm_up_huma1(avatar_id: str) -> None:
+def _answer(sender: Any, future: Future[Any], outputs: Callable[[Any], Mapping[str, Any]]) -> None:
+    """Answer a request when its future ends, whichever way."""
+
+    def send(done: Future[Any]) -> None:
+        try:
+            answer = response(**outputs(done.result()))
+        except BaseException as error:
+            answer = failure(error)
+        _send(sender, answer)
+
+    future.add_done_callback(send)
+
+
+def _send(sender: Any, answer: Any) -> None:
+    """Answer, once; where the answer can't be handed over, as without shared memory for it, say at least that."""
+    final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+    try:
+        sender.send(answer, flags=final)
+    except Exception as error:
+        pb_utils.Logger.log_error(f"rasterizer: a response could not be sent: {error}")
+        sender.send(failure(error), flags=final)
+
+
+def _frames(results: list[list[bytes] | Exception]) -> dict[str, Any]:
+    """FRAMES [B, 4]; raises the first error: a request is answered as a whole."""
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return {"FRAMES": np.array(results, np.object_)}
+
+
+def _reports(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"REPORT": np.array([[json.dumps(report).encode()] for report in reports], np.object_)}
+
+
+def _warm_up_huma1(caller: Caller, avatar_id: str) -> None:
     """Have the other processes of the profile bake the avatar's table and run the net once."""
-    baked = _ask("avatar_huma1", [_name(avatar_id)], ["TABLE", *(weights.upper() for weights in HUMA1_WEIGHTS)])
+    outputs = ["TABLE", *(weights.upper() for weights in HUMA1_WEIGHTS)]
+    baked = _ask("avatar_huma1", [_name(avatar_id)], outputs, caller.forwarded)
     silence = pb_utils.Tensor("HIDDEN", np.zeros((1, WINDOW_TOKENS, SPEECH_WIDTH), np.float32))
-    _ask("deformation_huma1", [silence, *baked], ["OFFSETS"])
+    _ask("deformation_huma1", [silence, *baked], ["OFFSETS"], {})
 
 
 def _name(avatar_id: str) -> Any:
     return pb_utils.Tensor("AVATAR", np.array([[avatar_id.encode()]], np.object_))
 
 
-def _ask(model: str, inputs: list[Any], outputs: list[str], parameters: dict[str, str] | None = None) -> list[Any]:
+def _ask(model: str, inputs: list[Any], outputs: list[str], parameters: Mapping[str, str]) -> list[Any]:
     """The outputs of another model; raises BundleError for an error, whose code does not come along."""
     request = pb_utils.InferenceRequest(
-        model_name=model, inputs=inputs, requested_output_names=outputs, parameters=parameters or {}
+        model_name=model, inputs=inputs, requested_output_names=outputs, parameters=dict(parameters)
     )
     answer = request.exec()
     if answer.has_error():
@@ -107,13 +158,23 @@ def _ask(model: str, inputs: list[Any], outputs: list[str], parameters: dict[str
     return list(answer.output_tensors())
 
 
-def _chunks(request: Any, options: Options) -> list[Chunk]:
-    has_offsets = pb_utils.get_input_tensor_by_name(request, "OFFSETS") is not None
-    rows = zip(
-        avatar_ids(request),
-        array(request, "OFFSETS" if has_offsets else "COEFFICIENTS"),
-        array(request, "SPEECH"),
-        array(request, "FRAME_INDEX")[:, 0],
-        strict=True,
-    )
-    return [Chunk(avatar_id, motion, speech, int(index), options) for avatar_id, motion, speech, index in rows]
+def _chunks(request: Any, options: Options, caller: Caller) -> list[Chunk]:
+    """A request's chunks. Its tensors are copied: they lie in shared memory that Triton uses again."""
+    names = avatar_ids(request)
+    caller.require(names)
+    present = {tensor.name() for tensor in request.inputs()}
+    indices = array(request, "FRAME_INDEX")[:, 0].tolist()
+    arrived = [time.monotonic()] * len(names)
+    if "ARRIVED" in present:
+        arrived = array(request, "ARRIVED")[:, 0].tolist()
+        if not np.isfinite(arrived).all():
+            raise RequestError("ARRIVED holds NaN or infinity, expected seconds.")
+    motions: Sequence[Any] = [None] * len(names)
+    speeches: Sequence[Any] = motions
+    if present & {"COEFFICIENTS", "OFFSETS", "SPEECH"}:  # else nobody speaks
+        motions = array(request, "OFFSETS" if "OFFSETS" in present else "COEFFICIENTS").copy()
+        speeches = array(request, "SPEECH").copy()
+    rows = zip(names, motions, speeches, indices, arrived, strict=True)
+    return [
+        Chunk(name, motion, speech, index, options, since, caller.tenant) for name, motion, speech, index, since in rows
+    ]
