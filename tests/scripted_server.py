@@ -41,6 +41,7 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         clock: dict[str, int] = CLOCK,
         delay: Callable[[int], float] = lambda chunk: 0.0,  # seconds
         script: Script = lambda chunk, before, context: None,
+        certificate: tuple[bytes, bytes] | None = None,  # key and chain, PEM
     ) -> None:
         self.clock = clock
         self.delay = delay
@@ -49,10 +50,17 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         self._came: Counter[int] = Counter()  # by chunk
         self.open = self.most_open = 0  # at once
         self.cancelled = 0
+        self.asked: list[tuple[Any, dict[str, str]]] = []  # each request of ModelInfer, and its metadata
+        self.peers: set[str] = set()  # connections
         self._lock = threading.Lock()
         self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
-        self.url = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
+        address = f"127.0.0.1:{port}"
+        if certificate is None:
+            port = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, grpc.ssl_server_credentials([certificate]))
+        self.url = f"127.0.0.1:{port}"
         self._server.start()
 
     def __enter__(self) -> ScriptedServer:
@@ -78,12 +86,16 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             before = self._came[chunk]
             self._came[chunk] += 1
             self.count += 1
+            self.asked.append((request, dict(context.invocation_metadata())))
+            self.peers.add(context.peer())
             self.open += 1
             self.most_open = max(self.most_open, self.open)
         try:
             self._wait(self.delay(chunk), context)
             self.script(chunk, before, context)
-            return getattr(self, f"_{request.model_name}")(request, context)
+            response = getattr(self, f"_{request.model_name}")(request, context)
+            response.model_name = request.model_name
+            return response
         finally:
             with self._lock:
                 self.open -= 1
@@ -116,7 +128,11 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         return answer(TEXT=[_text(inputs(request)["AUDIO"])])
 
     def _rasterizer(self, request: Any, context: Any) -> Any:
-        avatar = inputs(request)["AVATAR"]
+        given = inputs(request)
+        avatar = given["AVATAR"]
+        if "operation" not in request.parameters:
+            _require_avatar(avatar, context)
+            return answer(FRAMES=self._frames(request, given, 1))
         operation = request.parameters["operation"].string_param
         if operation == "list":
             report: dict[str, Any] = {"avatars": [{"id": "ava", "loaded": True}, {"id": "bob", "loaded": False}]}
@@ -129,8 +145,8 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
     def _frames(self, request: Any, given: dict[str, Any], chunks: int) -> np.ndarray[Any, Any]:
         said = {
             "avatar": given["AVATAR"],
-            "audio": hash(given["AUDIO"].tobytes()),
-            "samples": given["AUDIO"].size,
+            "audio": hash(given["AUDIO"].tobytes()) if "AUDIO" in given else None,
+            "samples": given["AUDIO"].size if "AUDIO" in given else 0,
             **{key: value.string_param or value.int64_param for key, value in sorted(request.parameters.items())},
         }
         count = chunks * self.clock["chunk_frames"]

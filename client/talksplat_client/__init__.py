@@ -12,7 +12,7 @@ from ._asyncio import AsyncClient, AsyncStream
 from ._audio import Pcm
 from ._blocking import Client, Stream
 from ._clock import Clock
-from ._config import Limits, Retry, Timeout
+from ._config import Limits, Retry, Timeout, Tls
 from ._exceptions import (
     DeadlineExceededError,
     InvalidAudioError,
@@ -20,9 +20,13 @@ from ._exceptions import (
     InvalidStateError,
     MediaError,
     MissingExtraError,
+    OverloadedError,
+    PermissionDeniedError,
     ServerError,
     ServerUnavailableError,
     TalksplatError,
+    TlsError,
+    UnauthenticatedError,
     UnknownAvatarError,
 )
 from ._frame import AvatarInfo, Frame, Health, Preloaded, Utterance
@@ -45,7 +49,9 @@ __all__ = [
     "MediaError",
     "MissingExtraError",
     "Mp4Writer",
+    "OverloadedError",
     "Pcm",
+    "PermissionDeniedError",
     "Preloaded",
     "Recording",
     "Retry",
@@ -55,6 +61,9 @@ __all__ = [
     "StreamState",
     "TalksplatError",
     "Timeout",
+    "Tls",
+    "TlsError",
+    "UnauthenticatedError",
     "UnknownAvatarError",
     "Utterance",
     "microphone",

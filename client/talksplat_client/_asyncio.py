@@ -7,18 +7,19 @@ import functools
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self, TypeAlias
 
 from . import _protocol as protocol
 from ._audio import Pcm, Samples, packets
 from ._clock import Clock
-from ._config import DEFAULT_URL, Limits, Retry, Timeout
-from ._exceptions import TalksplatError
+from ._config import DEFAULT_URL, Limits, Retry, Timeout, Tls
+from ._exceptions import ChunkExpiredError, TalksplatError
 from ._frame import AvatarInfo, Frame, Health, Preloaded, Utterance
-from ._state import Format, StreamState
+from ._state import Format, StreamState, new_id
 from ._stream import REST_SECONDS, StreamCore, UtteranceCutter
-from ._transport import AsyncCall, AsyncTransport, CallCancelledError, Replicas
+from ._transport import AsyncCall, AsyncTransport, CallCancelledError, Replicas, Terms
 
 Audio: TypeAlias = Pcm | Iterable[Pcm] | AsyncIterable[Pcm]
 
@@ -30,15 +31,18 @@ class AsyncClient:
         self,
         url: str | Sequence[str] = DEFAULT_URL,
         *,
+        api_key: str | None = None,
+        tls: Tls | None = None,
         timeout: Timeout = Timeout(),  # noqa: B008 (frozen)
         limits: Limits = Limits(),  # noqa: B008
         retry: Retry = Retry(),  # noqa: B008
     ) -> None:
-        self._replicas = Replicas(url, timeout, retry)
+        self._replicas = Replicas(url, api_key, tls, timeout, retry)
         self._timeout = timeout
         self._limits = limits
         self._clock: Clock | None = None
         self._streams: weakref.WeakSet[AsyncStream] = weakref.WeakSet()
+        self._latest = new_id()  # id of the stream opened last, or first
 
     async def __aenter__(self) -> Self:
         return self
@@ -57,7 +61,8 @@ class AsyncClient:
     async def clock(self) -> Clock:
         """See `Client.clock`."""
         if self._clock is None:
-            response = await self._transport.call("ModelConfig", protocol.CLOCK, self._timeout.connect).result()
+            terms = self._terms(self._timeout.connect)
+            response = await self._transport.call("ModelConfig", protocol.CLOCK, terms).result()
             self._clock = Clock.from_parameters(protocol.clock_parameters(response))
         return self._clock
 
@@ -72,19 +77,33 @@ class AsyncClient:
         format: Format = "jpeg",
         quality: int = 85,
         model: str = "animate",
+        deadline: float | None = None,  # seconds
     ) -> AsyncStream:
         """See `Client.animate`. Other than lists, blocking iterators are read in a thread."""
         clock = await self.clock()
-        state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality, model)
-        return await self.resume(audio, state)
+        state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality, model, deadline)
+        return self._open(audio, state, clock)
 
-    async def resume(self, audio: Audio, state: StreamState) -> AsyncStream:
+    async def idle(
+        self,
+        avatar: str,
+        *,
+        sample_rate: int | None = None,  # Hz, of the audio that may follow; None: the server's
+        seed: int = 0,
+        size: int | None = None,
+        format: Format = "jpeg",
+        quality: int = 85,
+        model: str = "animate",
+        deadline: float | None = None,  # seconds
+    ) -> AsyncStream:
+        """See `Client.idle`."""
+        clock = await self.clock()
+        state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality, model, deadline)
+        return self._open(None, state, clock)
+
+    async def resume(self, audio: Audio | None, state: StreamState) -> AsyncStream:
         """See `Client.resume`."""
-        core = StreamCore(state, await self.clock())
-        send = functools.partial(self._infer, timeout=self._timeout.chunk)
-        stream = AsyncStream(core, _async_packets(audio), send, self._limits.in_flight)
-        self._streams.add(stream)
-        return stream
+        return self._start(audio, StreamCore(state, await self.clock(), rests=audio is None))
 
     async def transcribe(
         self,
@@ -95,8 +114,10 @@ class AsyncClient:
         """See `Client.transcribe`."""
         clock = await self.clock()
         texts = [
-            protocol.text(await self._infer(protocol.transcribe(piece), self._timeout.utterance).result())
-            async for _, piece in self._pieces(audio, UtteranceCutter(clock.rate(sample_rate), clock))
+            protocol.text(
+                await self._infer(protocol.transcribe(piece, first, self._latest), self._timeout.utterance).result()
+            )
+            async for first, piece in self._pieces(audio, UtteranceCutter(clock.rate(sample_rate), clock))
         ]
         return " ".join(filter(None, texts))
 
@@ -113,7 +134,7 @@ class AsyncClient:
     ) -> AsyncIterator[Utterance]:
         """See `Client.speech_to_animation`."""
         clock = await self.clock()
-        state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality)
+        state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality, id=self._latest)
         cutter = UtteranceCutter(state.sample_rate, clock)
         return self._utterances(audio, cutter, state)
 
@@ -137,16 +158,32 @@ class AsyncClient:
     def _transport(self) -> AsyncTransport:  # not before there is an event loop
         return AsyncTransport(self._replicas)
 
+    def _open(self, audio: Audio | None, state: StreamState, clock: Clock) -> AsyncStream:
+        """See `Client._open`."""
+        if any(stream._core.id == self._latest and not stream._feeder.stopped for stream in self._streams):
+            self._latest = new_id()
+        return self._start(audio, StreamCore(replace(state, id=self._latest), clock, rests=audio is None))
+
+    def _start(self, audio: Audio | None, core: StreamCore) -> AsyncStream:
+        def send(request: protocol.Request) -> AsyncCall:
+            return self._transport.call("ModelInfer", request, core.terms(self._timeout.chunk))
+
+        stream = AsyncStream(core, _async_packets(() if audio is None else audio), send, self._limits.in_flight)
+        self._latest = core.id
+        self._streams.add(stream)
+        return stream
+
     async def _health(self, url: str) -> Health:
         try:
-            response = await self._transport.ask(url, "ModelInfer", protocol.operation("list"), self._timeout.connect)
+            request = protocol.operation("list", "", self._latest)
+            response = await self._transport.ask(url, "ModelInfer", request, self._terms(self._timeout.connect))
             return protocol.health(url, response)
         except TalksplatError as error:
             return Health(url, False, str(error))
 
     async def _operation(self, name: str, avatar: str = "") -> protocol.Response:
         await self.clock()  # the first contact: nobody waits for a server that was never there
-        return await self._infer(protocol.operation(name, avatar), self._timeout.utterance).result()
+        return await self._infer(protocol.operation(name, avatar, self._latest), self._timeout.utterance).result()
 
     async def _utterances(self, audio: Audio, cutter: UtteranceCutter, state: StreamState) -> AsyncIterator[Utterance]:
         async for first, piece in self._pieces(audio, cutter):
@@ -164,7 +201,11 @@ class AsyncClient:
             yield piece
 
     def _infer(self, request: protocol.Request, timeout: float) -> AsyncCall:
-        return self._transport.call("ModelInfer", request, timeout)
+        return self._transport.call("ModelInfer", request, self._terms(timeout))
+
+    def _terms(self, timeout: float) -> Terms:
+        """See `Client._terms`."""
+        return Terms(timeout, self._latest)
 
 
 class AsyncStream(AsyncIterator[Frame]):
@@ -195,6 +236,11 @@ class AsyncStream(AsyncIterator[Frame]):
         """See `Stream.state`."""
         return self._core.state()
 
+    @property
+    def dropped(self) -> int:
+        """See `Stream.dropped`."""
+        return self._core.dropped
+
     async def cancel(self) -> None:
         """See `Stream.cancel`. Waits up to 0.1 s for a packet that is just being taken."""
         self._feeder.stop()
@@ -210,6 +256,9 @@ class AsyncStream(AsyncIterator[Frame]):
                 frames = self._core.frames(first, await call.result())
             except CallCancelledError:
                 break
+            except ChunkExpiredError:
+                self._core.skip(first)
+                frames = []
             except Exception as error:
                 await self.cancel()
                 if isinstance(error, TalksplatError):
@@ -218,6 +267,7 @@ class AsyncStream(AsyncIterator[Frame]):
             self._feeder.take()
             self._frames.extend(frames)
         if not self._frames or self._feeder.stopped:
+            self._feeder.stop()
             raise StopAsyncIteration
         frame = self._frames.popleft()
         self._core.shown(frame)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from . import _protocol as protocol
 from ._audio import Pcm, Samples, packets
 from ._clock import Clock
-from ._config import DEFAULT_URL, Limits, Retry, Timeout
-from ._exceptions import TalksplatError
+from ._config import DEFAULT_URL, Limits, Retry, Timeout, Tls
+from ._exceptions import ChunkExpiredError, TalksplatError
 from ._frame import AvatarInfo, Frame, Health, Preloaded, Utterance
-from ._state import Format, StreamState
+from ._state import Format, StreamState, new_id
 from ._stream import REST_SECONDS, StreamCore, UtteranceCutter
-from ._transport import Call, CallCancelledError, Replicas, Transport
+from ._transport import Call, CallCancelledError, Replicas, Terms, Transport
 
 
 class Client:
@@ -29,27 +29,33 @@ class Client:
 
     Args:
         url: ``host:port`` of a server's gRPC endpoint, or several.
+        api_key: who asks, where an edge wants to know. It travels to other machines only over TLS.
+        tls: how connections are encrypted; None: not at all.
         timeout: how long to wait for what.
         limits: how much may be under way at once.
         retry: pauses between attempts. Every request can be repeated: the server keeps nothing of a stream.
 
     Raises:
-        InvalidRequestError: an address is not ``host:port``.
+        InvalidRequestError: an address is not ``host:port``; the API key or the CA file can't be used.
     """
 
     def __init__(
         self,
         url: str | Sequence[str] = DEFAULT_URL,
         *,
+        api_key: str | None = None,
+        tls: Tls | None = None,
         timeout: Timeout = Timeout(),  # noqa: B008 (frozen)
         limits: Limits = Limits(),  # noqa: B008
         retry: Retry = Retry(),  # noqa: B008
     ) -> None:
-        self._transport = Transport(Replicas(url, timeout, retry))
+        self._transport = Transport(Replicas(url, api_key, tls, timeout, retry))
         self._timeout = timeout
         self._limits = limits
         self._clock: Clock | None = None
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._latest = new_id()  # id of the stream opened last, or first
+        self._opening = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -73,7 +79,7 @@ class Client:
             ServerError: something answers, but is no talksplat server.
         """
         if self._clock is None:
-            response = self._transport.call("ModelConfig", protocol.CLOCK, self._timeout.connect).result()
+            response = self._transport.call("ModelConfig", protocol.CLOCK, self._terms(self._timeout.connect)).result()
             self._clock = Clock.from_parameters(protocol.clock_parameters(response))
         return self._clock
 
@@ -88,6 +94,7 @@ class Client:
         format: Format = "jpeg",
         quality: int = 85,
         model: str = "animate",
+        deadline: float | None = None,  # seconds
     ) -> Stream:
         """Frames that speak the audio, from its first sample to its last: ceil(seconds * fps) of them.
 
@@ -103,30 +110,63 @@ class Client:
             format: ``jpeg``, or ``raw`` RGB.
             quality: of JPEG, 1 to 100.
             model: of the server, that animates this avatar: `preload` says which.
+            deadline: for live sound: a chunk of frames that does not come so soon is dropped, see `Stream.dropped`.
+                None, for recordings: no frame is ever dropped.
 
         Raises:
+            UnauthenticatedError, PermissionDeniedError, TlsError, OverloadedError: here and while iterating.
             InvalidRequestError, ServerUnavailableError, DeadlineExceededError, ServerError, MissingExtraError: here.
             UnknownAvatarError, InvalidAudioError, and the above: while iterating, with the state to resume from.
         """
         clock = self.clock()
-        state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality, model)
-        return self.resume(audio, state)
+        state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality, model, deadline)
+        return self._open(audio, state, clock)
 
-    def resume(self, audio: Pcm | Iterable[Pcm], state: StreamState) -> Stream:
+    def idle(
+        self,
+        avatar: str,
+        *,
+        sample_rate: int | None = None,  # Hz, of the audio that may follow; None: the server's
+        seed: int = 0,
+        size: int | None = None,
+        format: Format = "jpeg",
+        quality: int = 85,
+        model: str = "animate",
+        deadline: float | None = None,  # seconds
+    ) -> Stream:
+        """Frames of an avatar at rest, without end: it breathes and blinks, as it does when `animate` is given silence.
+
+        They come as fast as they are taken. To let the avatar speak, and rest again, without a jump, go on from state
+        to state; plates, blinks and frame numbers run through, and for an edge it is one stream::
+
+            stream = client.idle("ava", sample_rate=24_000)
+            ...                                                   # frames, until there is something to say
+            stream = client.resume(synthesiser, stream.state)     # it begins at the next frame
+            ...                                                   # frames, until they end or somebody interrupts
+            stream = client.resume(None, stream.state)
+
+        Arguments and errors are those of `animate`.
+        """
+        clock = self.clock()
+        state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality, model, deadline)
+        return self._open(None, state, clock)
+
+    def resume(self, audio: Pcm | Iterable[Pcm] | None, state: StreamState) -> Stream:
         """Go on with a stream, here or on another server: the same frames come as if nothing had happened.
 
+        The stream that the state is of is cancelled, or was; it and the resumed one are the same stream.
+
         Args:
-            audio: what follows `StreamState.position`, at the sample rate that the stream has.
+            audio: what follows `StreamState.position`, at the sample rate that the stream has. None: nothing more is
+                said, the avatar rests from the next frame on, see `idle`.
             state: from `Stream.state`, or from an error that ended a stream.
 
         Raises:
             InvalidStateError: the state belongs to a server with another clock; else as `animate`.
         """
-        core = StreamCore(state, self.clock())
-        send = functools.partial(self._infer, timeout=self._timeout.chunk)
-        stream = Stream(core, packets(audio), send, self._limits.in_flight)
-        self._streams.add(stream)
-        return stream
+        core = StreamCore(state, self.clock(), rests=audio is None)
+        with self._opening:
+            return self._start(audio, core)
 
     def transcribe(
         self,
@@ -141,8 +181,10 @@ class Client:
         """
         clock = self.clock()
         texts = [
-            protocol.text(self._infer(protocol.transcribe(piece), self._timeout.utterance).result())
-            for _, piece in self._pieces(audio, UtteranceCutter(clock.rate(sample_rate), clock))
+            protocol.text(
+                self._infer(protocol.transcribe(piece, first, self._latest), self._timeout.utterance).result()
+            )
+            for first, piece in self._pieces(audio, UtteranceCutter(clock.rate(sample_rate), clock))
         ]
         return " ".join(filter(None, texts))
 
@@ -163,7 +205,7 @@ class Client:
         those of `animate`.
         """
         clock = self.clock()
-        state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality)
+        state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality, id=self._latest)
         cutter = UtteranceCutter(state.sample_rate, clock)
         return self._utterances(audio, cutter, state)
 
@@ -187,16 +229,33 @@ class Client:
         """Every replica, in the order of their addresses. Never raises because of a server."""
         return [self._health(url) for url in self._transport.replicas.urls]
 
+    def _open(self, audio: Pcm | Iterable[Pcm] | None, state: StreamState, clock: Clock) -> Stream:
+        """A new stream. It takes the place of one that has ended, so that an edge counts one and not two."""
+        with self._opening:
+            if any(stream._core.id == self._latest and not stream._feeder.stopped for stream in self._streams):
+                self._latest = new_id()
+            return self._start(audio, StreamCore(replace(state, id=self._latest), clock, rests=audio is None))
+
+    def _start(self, audio: Pcm | Iterable[Pcm] | None, core: StreamCore) -> Stream:
+        def send(request: protocol.Request) -> Call:
+            return self._transport.call("ModelInfer", request, core.terms(self._timeout.chunk))
+
+        stream = Stream(core, () if audio is None else packets(audio), send, self._limits.in_flight)
+        self._latest = core.id
+        self._streams.add(stream)
+        return stream
+
     def _health(self, url: str) -> Health:
         try:
-            response = self._transport.ask(url, "ModelInfer", protocol.operation("list"), self._timeout.connect)
+            request = protocol.operation("list", "", self._latest)
+            response = self._transport.ask(url, "ModelInfer", request, self._terms(self._timeout.connect))
             return protocol.health(url, response)
         except TalksplatError as error:
             return Health(url, False, str(error))
 
     def _operation(self, name: str, avatar: str = "") -> protocol.Response:
         self.clock()  # the first contact: nobody waits for a server that was never there
-        return self._infer(protocol.operation(name, avatar), self._timeout.utterance).result()
+        return self._infer(protocol.operation(name, avatar, self._latest), self._timeout.utterance).result()
 
     def _utterances(
         self, audio: Pcm | Iterable[Pcm], cutter: UtteranceCutter, state: StreamState
@@ -214,7 +273,11 @@ class Client:
         yield from iter(cutter.next_piece, None)
 
     def _infer(self, request: protocol.Request, timeout: float) -> Call:
-        return self._transport.call("ModelInfer", request, timeout)
+        return self._transport.call("ModelInfer", request, self._terms(timeout))
+
+    def _terms(self, timeout: float) -> Terms:
+        """Of a request outside streams: it counts with the latest stream, or with the one that is opened next."""
+        return Terms(timeout, self._latest)
 
 
 class Stream(Iterator[Frame]):
@@ -247,6 +310,11 @@ class Stream(Iterator[Frame]):
             self._feeder.rest()
         return self._core.state()
 
+    @property
+    def dropped(self) -> int:
+        """Frames that are missing so far, because their chunks came too late for the deadline."""
+        return self._core.dropped
+
     def cancel(self) -> None:
         """End the stream now, from any thread: drop what is in flight, release whoever waits for a frame."""
         self._feeder.stop()
@@ -261,6 +329,9 @@ class Stream(Iterator[Frame]):
                 frames = self._core.frames(first, call.result())
             except CallCancelledError:
                 break
+            except ChunkExpiredError:
+                self._core.skip(first)
+                frames = []
             except Exception as error:
                 self._feeder.stop()
                 if isinstance(error, TalksplatError):
@@ -269,6 +340,7 @@ class Stream(Iterator[Frame]):
             self._feeder.take()
             self._frames.extend(frames)
         if not self._frames or self._feeder.stopped:
+            self._feeder.stop()
             raise StopIteration
         frame = self._frames.popleft()
         self._core.shown(frame)

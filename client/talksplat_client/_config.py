@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ._exceptions import InvalidRequestError
 
 DEFAULT_URL = "127.0.0.1:8001"  # Triton's gRPC port on this machine
 
@@ -52,3 +56,35 @@ class Retry:
             )
         if not self.factor >= 1:
             raise ValueError(f"Retry.factor is {self.factor!r}, expected 1 or more")
+
+
+@dataclass(frozen=True)
+class Tls:
+    """Encryption, and whose certificates are believed.
+
+    Args:
+        ca: PEM file with the certificate of an authority, or the server's own where that is self-signed; None: the
+            public authorities that gRPC brings along.
+    """
+
+    ca: Path | str | None = None
+
+    def roots(self) -> bytes | None:
+        """The certificates of `ca`.
+
+        Raises:
+            InvalidRequestError: the file can't be read or holds no certificate.
+        """
+        if self.ca is None:
+            return None
+        try:
+            pem = Path(self.ca).read_bytes()
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode())
+        except OSError as error:  # ssl's errors are OSErrors too
+            reason = (
+                "holds no PEM certificate" if isinstance(error, ssl.SSLError) else f"can't be read: {error.strerror}"
+            )
+            raise InvalidRequestError(f"the CA file {self.ca} {reason}") from error
+        except ValueError as error:
+            raise InvalidRequestError(f"the CA file {self.ca} holds no PEM certificate") from error
+        return pem

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 
 _ENSEMBLE = re.compile(r"^in ensemble '\w+', ")  # which step failed says nothing to a caller
+_UNTRUSTED = re.compile(r"CERTIFICATE_VERIFY_FAILED: ([^:]+)")
 
 
 class TalksplatError(Exception):
@@ -47,6 +48,36 @@ class ServerError(TalksplatError):
         self.code = code
 
 
+class OverloadedError(TalksplatError):
+    """The server is full, or the tenant has as many streams or requests as it may have.
+
+    A new stream is refused at once; one that already has frames asks again for `Timeout.recovery`.
+
+    Attributes:
+        retry_after: seconds after which it is worth asking again; None where the server does not say.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnauthenticatedError(TalksplatError):
+    """The API key is missing or unknown."""
+
+
+class PermissionDeniedError(TalksplatError):
+    """The API key is known, but may not do this."""
+
+
+class TlsError(TalksplatError):
+    """The connection can't be secured: the certificate is not trusted or for another name, or there is no TLS."""
+
+
+class ChunkExpiredError(TalksplatError):
+    """A chunk was too old to be rendered; a stream skips it, and this never leaves the package."""
+
+
 class UnknownAvatarError(TalksplatError):
     """The server has no avatar of that id."""
 
@@ -74,13 +105,28 @@ class MissingExtraError(TalksplatError, ImportError):
         super().__init__(f"{what} needs the package {package}: pip install 'talksplat-client[media]'")
 
 
-def from_status(code: str, details: str, url: str) -> TalksplatError:
-    """The error for a gRPC status: ``code`` is the status's name, ``url`` the replica that was asked."""
+def from_status(
+    code: str,  # name of the gRPC status
+    details: str,
+    url: str,  # of the replica that was asked
+    retry_after: float | None = None,  # seconds
+) -> TalksplatError:
+    """The error for a gRPC status."""
     details = _ENSEMBLE.sub("", details)
     if "Stub process" in details:  # of any code; the server's supervisor puts it right in seconds
         return ServerUnavailableError(f"a part of the server at {url} has died: {details}")
+    if code == "UNAVAILABLE" and (reason := _tls_failure(details)):
+        return TlsError(f"no secure connection to {url}: {reason}")
     if code == "UNAVAILABLE":
         return ServerUnavailableError(f"no talksplat server answers at {url}: {details.rpartition(': ')[2]}")
+    if code == "RESOURCE_EXHAUSTED":
+        return OverloadedError(f"the server at {url} has no room: {details}", retry_after)
+    if code == "UNAUTHENTICATED":
+        return UnauthenticatedError(f"the server at {url} does not know the API key: {details}")
+    if code == "PERMISSION_DENIED":
+        return PermissionDeniedError(f"the server at {url} does not allow this: {details}")
+    if code == "CANCELLED" and "beyond its deadline" in details:
+        return ChunkExpiredError(details)
     if code == "CANCELLED":  # by the other side: a server that stops
         return ServerUnavailableError(f"the server at {url} dropped the request: {details}")
     if code == "DEADLINE_EXCEEDED":
@@ -92,3 +138,14 @@ def from_status(code: str, details: str, url: str) -> TalksplatError:
     if code == "INVALID_ARGUMENT":
         return InvalidRequestError(details)
     return ServerError(f"the server at {url} failed ({code}): {details}", code)
+
+
+def _tls_failure(details: str) -> str | None:
+    """What gRPC has against the other side's certificate, if that is why it did not connect."""
+    if found := _UNTRUSTED.search(details):
+        return f"its certificate is not trusted ({found[1]})"
+    if "Hostname Verification Check failed" in details:
+        return "its certificate is for another name"
+    if "WRONG_VERSION_NUMBER" in details:
+        return "it does not speak TLS"
+    return None

@@ -21,6 +21,7 @@ from ._state import StreamState
 Request = Any  # tritonclient's messages carry no types
 Response = Any
 
+RASTERIZER = "rasterizer"
 CLOCK = service_pb2.ModelConfigRequest(name="animate")
 
 
@@ -39,7 +40,25 @@ def animate(
         ],
         ["FRAMES", "SPEECH"],
         _look(state),
+        f"{state.id}-{frame}",
     )
+
+
+def idle(
+    frame: int,  # index of the chunk's first
+    state: StreamState,
+) -> Request:
+    """One chunk of the face at rest."""
+    inputs = [_strings("AVATAR", state.avatar, [1, 1]), _integer("FRAME_INDEX", frame, [1, 1])]
+    return _infer(RASTERIZER, inputs, ["FRAMES"], _look(state), f"{state.id}-{frame}")
+
+
+def expire(
+    request: Request,
+    seconds: float,  # from its arrival
+) -> None:
+    """Have the server drop a chunk that it has not begun to render by then."""
+    request.parameters["deadline_ms"].int64_param = max(1, round(1e3 * seconds))
 
 
 def speech_to_animation(
@@ -53,19 +72,23 @@ def speech_to_animation(
         [_floats("AUDIO", audio), _strings("AVATAR", state.avatar, [1]), _integer("FRAME_INDEX", frame, [1])],
         ["TEXT", "FRAMES", "SPEECH"],
         _look(state),
+        f"{state.id}-{frame}",
     )
 
 
 def transcribe(
     audio: Samples,  # [T]
+    frame: int,  # index of the first
+    stream: str,  # id
 ) -> Request:
     """An utterance whose text alone is wanted."""
-    return _infer("transcribe", [_floats("AUDIO", audio)], ["TEXT"], {})
+    return _infer("transcribe", [_floats("AUDIO", audio)], ["TEXT"], {}, f"{stream}-{frame}")
 
 
-def operation(name: str, avatar: str = "") -> Request:
+def operation(name: str, avatar: str, stream: str) -> Request:
     """An operation of the rasterizer: ``list``, ``preload`` or ``unload``."""
-    return _infer("rasterizer", [_strings("AVATAR", avatar, [1, 1])], ["REPORT"], {"operation": name})
+    tensor = _strings("AVATAR", avatar, [1, 1])
+    return _infer(RASTERIZER, [tensor], ["REPORT"], {"operation": name}, f"{stream}-{name}")
 
 
 def clock_parameters(response: Response) -> dict[str, str]:
@@ -74,8 +97,10 @@ def clock_parameters(response: Response) -> dict[str, str]:
 
 
 def frames(response: Response, first: int, state: StreamState) -> list[Frame]:
-    """Every frame of a response, numbered from ``first``."""
-    pictures, speech = _output(response, "FRAMES").ravel(), _output(response, "SPEECH").ravel()
+    """Every frame of a response, numbered from ``first``. At rest there is no speech."""
+    pictures = _output(response, "FRAMES").ravel()
+    at_rest = response.model_name == RASTERIZER
+    speech = np.zeros(len(pictures)) if at_rest else _output(response, "SPEECH").ravel()
     if len(pictures) != len(speech):
         raise ServerError(f"the server answered with {len(pictures)} frames and {len(speech)} speech probabilities")
     return [
@@ -150,9 +175,16 @@ def _strings(name: str, value: str, shape: list[int]) -> _Tensor:
     return tensor, struct.pack("<I", len(data)) + data
 
 
-def _infer(model: str, inputs: list[_Tensor], outputs: list[str], parameters: Mapping[str, str | int]) -> Request:
+def _infer(
+    model: str,
+    inputs: list[_Tensor],
+    outputs: list[str],
+    parameters: Mapping[str, str | int],
+    request_id: str,  # <stream's id>-<what>, for the server's logs and traces
+) -> Request:
     request = service_pb2.ModelInferRequest(
         model_name=model,
+        id=request_id,
         inputs=[tensor for tensor, _ in inputs],
         raw_input_contents=[data for _, data in inputs],
         outputs=[service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in outputs],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import secrets
 import struct
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
@@ -17,9 +19,15 @@ from ._exceptions import InvalidRequestError, InvalidStateError
 Format = Literal["jpeg", "raw"]
 
 MAGIC = b"talksplat-stream"
-VERSION = 1
+VERSION = 2  # 1 had neither deadline nor id
 _HEAD = struct.Struct("<16sHI")  # magic, version, bytes of the JSON that follows; then the samples, then SHA-256
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DIGEST = hashlib.sha256().digest_size
+
+
+def new_id() -> str:
+    """A stream's id, which nobody can guess."""
+    return secrets.token_urlsafe(12)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +49,8 @@ class StreamState:
     format: Format = "jpeg"
     quality: int = 85  # of JPEG, 1 to 100
     model: str = "animate"  # of the server, that animates the avatar: `Preloaded.model`
+    deadline: float | None = None  # seconds after which a chunk that is not being rendered is dropped; None: never
+    id: str = field(default_factory=new_id)  # by which the edge counts streams; a resumed one keeps its place
     frame: int = 0  # the next one
     start: int = 0  # position of `samples` in the source
     samples: Samples = field(default_factory=lambda: np.zeros(0, np.float32), repr=False)  # [T] mono, `sample_rate`
@@ -54,11 +64,21 @@ class StreamState:
             value = getattr(self, name)
             if not (value is None and name == "size") and not low <= value <= high:
                 raise InvalidRequestError(f"{name} is {value!r}, expected {low} to {high}")
+        if self.deadline is not None and not 0.001 <= self.deadline <= 3600:
+            raise InvalidRequestError(f"the deadline is {self.deadline!r} s, expected 0.001 to 3600")
+        if not _ID.fullmatch(self.id):
+            raise InvalidRequestError(f"the stream's id is {self.id!r}, expected up to 64 of A-Z a-z 0-9 _ -")
 
     @property
     def position(self) -> float:
         """Seconds of the source that were taken: go on with what comes after them."""
         return (self.start + self.samples.size) / self.sample_rate
+
+    def cut(self) -> Self:
+        """The same without audio that was taken and not shown: what is given next begins at the next frame."""
+        count = -(-self.frame * self.sample_rate // self.clock.fps) - self.start
+        samples = self.samples[:count]
+        return replace(self, samples=np.pad(samples, (0, count - samples.size)))
 
     def to_bytes(self) -> bytes:
         """About 90 kB, for `from_bytes`."""

@@ -14,6 +14,7 @@ from ._clock import Clock
 from ._exceptions import InvalidStateError, ServerError
 from ._frame import Frame
 from ._state import StreamState
+from ._transport import Terms
 
 REST_SECONDS = 0.1  # a stream that ends waits so long for a packet that its source is about to give
 PAUSE_FRAMES = 8  # a cut goes through the middle of the quietest stretch of this length
@@ -22,19 +23,29 @@ PAUSE_FRAMES = 8  # a cut goes through the middle of the quietest stretch of thi
 class StreamCore:
     """Packets of audio in, requests out; answers in, frames out.
 
+    Args:
+        state: to go on from.
+        clock: of the server.
+        rests: there will be no audio, but silence without end.
+
     Raises:
         InvalidStateError: the state belongs to a server with another clock.
     """
 
-    def __init__(self, state: StreamState, clock: Clock) -> None:
+    def __init__(self, state: StreamState, clock: Clock, *, rests: bool = False) -> None:
         if state.clock != clock:
             raise InvalidStateError(f"the stream began on a server with {state.clock}, this one has {clock}")
         self._lock = threading.Lock()  # the blocking client pushes in one thread and takes frames in another
+        self._rests = rests
+        state = state.cut() if rests else state
         self._initial = state
+        self.id = state.id
         self._clock = clock
         self._frame = state.frame
         self._chunk = state.frame // clock.chunk_frames  # the next to be requested
         self._frames = math.inf  # of the whole stream, once that is known
+        self._running = state.frame > 0
+        self.dropped = 0  # frames
         self._track = Track(state.sample_rate, clock.sample_rate, clock.samples_per_frame, state.start)
         self._track.push(state.samples)
 
@@ -50,6 +61,8 @@ class StreamCore:
 
     def finish(self) -> None:
         """The audio has ended: its last frames have silence after them."""
+        if self._rests:
+            return
         with self._lock:
             self._track.finish()
             self._frames = math.ceil(self._track.end / self._clock.samples_per_frame)
@@ -59,10 +72,22 @@ class StreamCore:
         with self._lock:
             first = self._chunk * self._clock.chunk_frames
             begin, end = self._clock.window(self._chunk)
+            while self._rests and end > self._track.ready:
+                self._track.push(np.zeros(self._initial.sample_rate // self._clock.fps, np.float32))
             if first >= self._frames or end > self._track.ready:
                 return None
             self._chunk += 1
-            return first, protocol.animate(self._track.read(begin, end), first, self._initial)
+            window = self._track.read(begin, end)
+            if self._rests and not window.any():
+                return first, protocol.idle(first, self._initial)
+            return first, protocol.animate(window, first, self._initial)
+
+    def terms(
+        self,
+        timeout: float,  # seconds, each attempt
+    ) -> Terms:
+        """Under which the next request is tried."""
+        return Terms(timeout, self._initial.id, self._initial.deadline, self._running)
 
     def frames(self, first: int, response: protocol.Response) -> list[Frame]:
         """The answer's frames that belong to this stream and were not shown yet.
@@ -73,7 +98,16 @@ class StreamCore:
         chunk = protocol.frames(response, first, self._initial)
         if len(chunk) != self._clock.chunk_frames:
             raise ServerError(f"the server answered with {len(chunk)} frames, expected {self._clock.chunk_frames}")
+        self._running = True
         return [frame for frame in chunk if self._frame <= frame.index < self._frames]
+
+    def skip(self, first: int) -> None:
+        """The chunk that begins with this frame was dropped; all before it were shown."""
+        with self._lock:
+            end = int(min(first + self._clock.chunk_frames, self._frames))
+            self.dropped += end - self._frame
+            self._frame = end
+            self._track.forget(self._context())
 
     def shown(self, frame: Frame) -> None:
         """The consumer has this frame: a resumed stream begins after it."""
@@ -85,7 +119,8 @@ class StreamCore:
         """Where the stream is, with all audio that was taken and is still needed."""
         with self._lock:
             start, samples = self._track.tail(self._context())
-            return replace(self._initial, frame=self._frame, start=start, samples=samples)
+            state = replace(self._initial, frame=self._frame, start=start, samples=samples)
+            return state.cut() if self._rests else state
 
     def _context(self) -> int:
         return self._clock.window(self._frame // self._clock.chunk_frames)[0]

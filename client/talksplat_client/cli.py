@@ -13,24 +13,26 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from ._audio import Samples, to_mono
 from ._blocking import Client, Stream
-from ._config import DEFAULT_URL
+from ._config import DEFAULT_URL, Tls
 from ._exceptions import InvalidAudioError, TalksplatError
 from ._media import Mp4Writer, Recording, microphone, read_audio
 
 RAW_PACKET = 4096  # bytes read at once from a pipe
 LIVE_PACKET = 0.02  # seconds
 MICROPHONE_RATE = 48_000  # Hz, that every sound card has
+API_KEY = "TALKSPLAT_API_KEY"  # environment variable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 1 after an error, 2 for wrong usage, 130 when interrupted."""
     args = _parser().parse_args(argv)
     try:
-        with Client(args.url or DEFAULT_URL) as client:
+        with _client(args) as client:
             args.run(client, args)
     except BrokenPipeError:  # whoever read our output has enough; Python would complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -57,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         added.add_argument(
             "--url", action="append", metavar="HOST:PORT", help=f"server, or several (default: {DEFAULT_URL})"
+        )
+        added.add_argument("--tls", action="store_true", help="encrypt; the server's certificate is a public one")
+        added.add_argument("--ca", metavar="FILE", help="encrypt; PEM file of the certificate to believe")
+        added.add_argument(
+            "--api-key-file", metavar="FILE", help=f"where the API key is (default: environment variable {API_KEY})"
         )
         return added
 
@@ -92,10 +99,17 @@ def _parser() -> argparse.ArgumentParser:
     stream.add_argument(
         "--out", metavar="FILE", help="where the JPEG frames go, one after the other; - for standard output"
     )
+    stream.add_argument("--deadline", type=float, metavar="SECONDS", help="drop what comes later (default: nothing)")
 
     for each in (animate, transcribe, avatars):
         each.add_argument("--json", action="store_true", help="report as JSON on standard output")
     return parser
+
+
+def _client(args: argparse.Namespace) -> Client:
+    api_key = Path(args.api_key_file).read_text().strip() if args.api_key_file else os.environ.get(API_KEY) or None
+    tls = Tls(args.ca) if args.tls or args.ca else None
+    return Client(args.url or DEFAULT_URL, api_key=api_key, tls=tls)
 
 
 def _animate(client: Client, args: argparse.Namespace) -> None:
@@ -191,12 +205,21 @@ def _stream(client: Client, args: argparse.Namespace) -> None:
             sink.write(frame.data)
             sink.flush()
             count += 1
-    print(f"{count} frames, {late} of them late", file=sys.stderr)
+        dropped = frames.dropped
+    print(f"{count} frames, {late} of them late, {dropped} dropped", file=sys.stderr)
 
 
 def _start(client: Client, audio: Iterable[Samples], sample_rate: int, args: argparse.Namespace, model: str) -> Stream:
-    look = {"seed": args.seed, "size": args.size, "quality": args.quality}
-    return client.animate(audio, avatar=args.avatar, sample_rate=sample_rate, model=model, **look)
+    return client.animate(
+        audio,
+        avatar=args.avatar,
+        sample_rate=sample_rate,
+        seed=args.seed,
+        size=args.size,
+        quality=args.quality,
+        model=model,
+        deadline=getattr(args, "deadline", None),
+    )
 
 
 def _opener(args: argparse.Namespace) -> Callable[[], Recording]:

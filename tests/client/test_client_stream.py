@@ -224,7 +224,7 @@ def test_damaged_state_is_refused(data: st.DataObject) -> None:
     [
         (b"", "no stream state"),
         (b"\x89PNG\r\n" * 30, "no stream state"),
-        (NEW.to_bytes()[:16] + b"\2" + NEW.to_bytes()[17:], "version 2.*update"),
+        (NEW.to_bytes()[:16] + b"\3" + NEW.to_bytes()[17:], "version 3.*update"),
         (NEW.to_bytes() + b"\0", "damaged"),
     ],
 )
