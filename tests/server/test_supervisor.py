@@ -1,17 +1,16 @@
-"""Starting, dying and stopping, for real: `talksplat-server up` as a process of its own."""
+"""Starting and stopping, for real: `talksplat-server up` as a process of its own. tests/faults breaks it."""
 
 import os
 import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from make_avatar import write_avatar
+from supervised import Up
 
 from talksplat import cli
 from talksplat import server as server_module
@@ -19,7 +18,6 @@ from talksplat.server import (
     ROOT,
     MissingModelsError,
     MissingWheelError,
-    NotServingError,
     PortInUseError,
     Ports,
     Server,
@@ -30,86 +28,19 @@ from talksplat.server import (
 )
 from talksplat.supervisor import Supervisor
 
-PATIENCE = 60  # seconds; a recovery takes about 4 on a quiet machine
-
-
-class Up:
-    """`talksplat-server up` and the server that it supervises."""
-
-    def __init__(self, avatars: Path, run_dir: Path) -> None:
-        self.ports = Ports.free()
-        command = [sys.executable, "-m", "talksplat.cli", "up", "--avatars", str(avatars), "--run-dir", str(run_dir)]
-        command += [f"--{name}-port={port}" for name, port in vars(self.ports).items()]
-        self.output = run_dir / "up.txt"
-        with self.output.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
-        self.probe = Server(avatars=avatars, ports=self.ports)  # never started: it sends canaries
-        self.wait_until_serving()
-
-    def text(self) -> str:
-        return self.output.read_text()
-
-    def tritonserver(self) -> psutil.Process:
-        return next(child for child in psutil.Process(self.process.pid).children() if "triton" in child.name())
-
-    def serves(self, timeout: float) -> bool:
-        try:
-            self.probe.canary(timeout)
-        except NotServingError:
-            return False
-        return True
-
-    def wait_until_serving(self) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not (self.serves(2) and "Serving" in self.text()):
-            assert self.process.poll() is None, self.text()
-            assert time.monotonic() < deadline, self.text()
-            time.sleep(0.1)
-
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     folder = tmp_path_factory.mktemp("up")
     write_avatar(folder / "avatars")
-    up = Up(folder / "avatars", folder)
-    yield up
-    if up.process.poll() is None:
-        up.process.terminate()
-        up.process.wait(30)
+    with Up(folder / "avatars", folder) as up:
+        yield up
 
 
 def test_up_says_where_it_serves(up: Up) -> None:
     for port in vars(up.ports).values():
         assert f"127.0.0.1:{port}" in up.text()
     assert "Avatars: red." in up.text()
-
-
-@pytest.mark.parametrize("model", ["rasterizer", "vad"])
-def test_a_killed_stub_is_noticed_and_the_server_serves_again(up: Up, model: str) -> None:
-    tritonserver = up.tritonserver()
-    (stub,) = [child for child in tritonserver.children() if f"/{model}/" in " ".join(child.cmdline())]
-    stub.kill()
-    expect_recovery(up, tritonserver)
-
-
-def test_a_killed_server_serves_again(up: Up) -> None:
-    tritonserver = up.tritonserver()
-    tritonserver.kill()
-    expect_recovery(up, tritonserver)
-
-
-def test_a_hung_stub_is_noticed_and_the_server_serves_again(up: Up) -> None:
-    tritonserver = up.tritonserver()
-    (stub,) = [child for child in tritonserver.children() if "/rasterizer/" in " ".join(child.cmdline())]
-    stub.suspend()
-    expect_recovery(up, tritonserver)
-
-
-def expect_recovery(up: Up, broken: psutil.Process) -> None:
-    """The broken server is replaced by one that serves."""
-    psutil.wait_procs([broken], timeout=PATIENCE)
-    up.wait_until_serving()
-    assert up.tritonserver() != broken
 
 
 def test_stopping_leaves_no_process_and_no_shared_memory(up: Up) -> None:
