@@ -10,10 +10,10 @@ import json
 import struct
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -33,6 +33,15 @@ Script = Callable[
 ]  # a request's chunk (-1: none), how often it came before, its gRPC context to abort
 
 
+class Asked(NamedTuple):
+    """One request."""
+
+    model: str
+    id: str
+    chunk: int
+    metadata: dict[str, str]
+
+
 class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # generated, untyped
     def __init__(
         self,
@@ -50,7 +59,7 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
         self._came: Counter[int] = Counter()  # by chunk
         self.open = self.most_open = 0  # at once
         self.cancelled = 0
-        self.asked: list[tuple[Any, dict[str, str]]] = []  # each request of ModelInfer, and its metadata
+        self.asked: deque[Asked] = deque(maxlen=10_000)  # of ModelInfer
         self.peers: set[str] = set()  # connections
         self._lock = threading.Lock()
         self._server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
@@ -86,7 +95,7 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             before = self._came[chunk]
             self._came[chunk] += 1
             self.count += 1
-            self.asked.append((request, dict(context.invocation_metadata())))
+            self.asked.append(Asked(request.model_name, request.id, chunk, dict(context.invocation_metadata())))
             self.peers.add(context.peer())
             self.open += 1
             self.most_open = max(self.most_open, self.open)

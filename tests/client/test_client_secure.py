@@ -79,7 +79,7 @@ def test_the_key_goes_with_every_request_and_stays_out_of_sight(certificate: Cal
         client.health()
         stream = client.animate(SILENCE, avatar="ava")
         assert len(list(stream)) == 13
-        assert {metadata["authorization"] for _, metadata in server.asked} == {f"Bearer {KEY}"}
+        assert {asked.metadata["authorization"] for asked in server.asked} == {f"Bearer {KEY}"}
         with pytest.raises(TalksplatError) as caught:
             client.preload("eve")
     for seen in (repr(client), repr(stream), repr(vars(client)), str(caught.value), repr(caught.value)):
@@ -162,6 +162,6 @@ def test_the_command_takes_the_key_from_where_nobody_sees_it(
         options += ["--api-key-file", str(tmp_path / "key")]
     with serving(own) as server:
         assert cli.main(["avatars", "--url", server.url, *options]) == 0
-        assert [metadata["authorization"] for _, metadata in server.asked] == [f"Bearer {KEY}"]
+        assert [asked.metadata["authorization"] for asked in server.asked] == [f"Bearer {KEY}"]
         assert cli.main(["avatars", "--url", server.url, "--tls"]) == 1
     assert re.search(r"^talksplat: no secure connection to .* not trusted", capsys.readouterr().err, re.MULTILINE)
