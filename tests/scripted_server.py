@@ -39,7 +39,9 @@ class Asked(NamedTuple):
     model: str
     id: str
     chunk: int
+    deadline_ms: int  # 0: none
     metadata: dict[str, str]
+    at: float  # time.monotonic()
 
 
 class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # generated, untyped
@@ -95,7 +97,9 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
             before = self._came[chunk]
             self._came[chunk] += 1
             self.count += 1
-            self.asked.append(Asked(request.model_name, request.id, chunk, dict(context.invocation_metadata())))
+            deadline = request.parameters["deadline_ms"].int64_param if "deadline_ms" in request.parameters else 0
+            metadata = dict(context.invocation_metadata())
+            self.asked.append(Asked(request.model_name, request.id, chunk, deadline, metadata, time.monotonic()))
             self.peers.add(context.peer())
             self.open += 1
             self.most_open = max(self.most_open, self.open)

@@ -78,7 +78,7 @@ class StreamCore:
                 return None
             self._chunk += 1
             window = self._track.read(begin, end)
-            if self._rests and not window.any():
+            if not window.any():  # nothing to hear, nothing to compute
                 return first, protocol.idle(first, self._initial)
             return first, protocol.animate(window, first, self._initial)
 

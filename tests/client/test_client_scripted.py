@@ -25,6 +25,7 @@ from talksplat_client import (
     InvalidAudioError,
     InvalidRequestError,
     Limits,
+    OverloadedError,
     PermissionDeniedError,
     Preloaded,
     Retry,
@@ -54,6 +55,7 @@ class Outcome:
         self.frames: list[Frame] = []
         self.error: BaseException | None = None
         self.state: StreamState | None = None
+        self.dropped = 0
 
 
 class Blocking:
@@ -68,6 +70,8 @@ class Blocking:
                 with stream:
                     while len(outcome.frames) < take and (frame := next(stream, None)):
                         outcome.frames.append(frame)
+                        outcome.dropped = stream.dropped
+                outcome.dropped = stream.dropped
                 outcome.state = stream.state
             except Exception as error:
                 outcome.error = error
@@ -96,6 +100,8 @@ class Asynchronous:
                 async with await opened as stream:
                     while len(outcome.frames) < take and (frame := await anext(stream, None)):
                         outcome.frames.append(frame)
+                        outcome.dropped = stream.dropped
+                outcome.dropped = stream.dropped
                 outcome.state = stream.state
             except Exception as error:
                 outcome.error = error
@@ -126,11 +132,15 @@ def frames_of(audio: Any, **options: Any) -> list[Frame]:
     return outcome.frames
 
 
-def failing(code: grpc.StatusCode, details: str, chunks: Iterable[int], times: int = 10**9) -> Script:
+def failing(
+    code: grpc.StatusCode, details: str, chunks: Iterable[int], times: int = 10**9, retry_after: str | None = None
+) -> Script:
     wrong = set(chunks)
 
     def script(chunk: int, before: int, context: Any) -> None:
         if chunk in wrong and before < times:
+            if retry_after is not None:
+                context.set_trailing_metadata((("retry-after", retry_after),))
             context.abort(code, details)
 
     return script
@@ -351,6 +361,140 @@ def test_every_status_has_its_error(
         assert server.count < (1000 if kind.retryable else 8)  # what can't succeed is not repeated
     assert outcome.state is not None
     assert len(outcome.frames) == outcome.state.frame == 8
+
+
+def test_a_new_stream_that_is_refused_is_told_when_to_ask_again_and_does_not_ask_itself(user: Any) -> None:
+    script = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "all streams are taken", range(1000), retry_after="1.5")
+    with ScriptedServer(script=script) as server:
+        outcome = user.play(server.url, noise(1), retry=QUICK)
+        assert server.count == 1
+    assert isinstance(outcome.error, OverloadedError)
+    assert outcome.error.retry_after == 1.5
+    assert "no room: all streams are taken" in str(outcome.error)
+    silent = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", range(1000), retry_after="soon")
+    with ScriptedServer(script=silent) as server:
+        assert user.play(server.url, noise(1)).error.retry_after is None
+
+
+def test_a_running_stream_that_lost_its_place_asks_again_when_it_was_told_to(user: Any) -> None:
+    audio = noise(2)
+    script = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", [4, 5, 6], times=1, retry_after="0.3")
+    with ScriptedServer(script=script) as server:
+        outcome = user.play(server.url, audio, retry=QUICK)
+        refused, admitted = [asked.at for asked in server.asked if asked.chunk == 4]
+        assert 0.3 <= admitted - refused < 3
+        assert server.asked[-1].at - admitted < 0.3  # the chunks that were refused with it wait with it
+    assert outcome.error is None
+    assert outcome.frames == frames_of(audio)
+
+
+def test_a_running_stream_that_gets_no_place_ends_with_the_state_to_resume_from(user: Any) -> None:
+    script = failing(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", range(4, 1000), retry_after="0.05")
+    with ScriptedServer(script=script) as server:
+        outcome = user.play(server.url, noise(2), timeout=IMPATIENT, retry=QUICK)
+        assert server.count < 40
+    assert isinstance(outcome.error, OverloadedError)
+    assert outcome.state is not None
+    assert len(outcome.frames) == outcome.state.frame == 16
+
+
+EXPIRED = "in ensemble 'animate', The chunk is 312 ms old, beyond its deadline of 300 ms."
+
+
+def test_a_chunk_that_the_server_dropped_leaves_a_gap_and_the_stream_goes_on(user: Any) -> None:
+    audio = noise(2)
+    with ScriptedServer(script=failing(grpc.StatusCode.CANCELLED, EXPIRED, [2, 3, 12])) as server:
+        outcome = user.play(server.url, audio, deadline=0.3)
+        assert {asked.chunk: asked.deadline_ms for asked in server.asked} == dict.fromkeys(range(13), 300)
+        assert server.count == 13  # nothing is rendered late
+    assert outcome.error is None
+    assert [frame.index for frame in outcome.frames] == [*range(8), *range(16, 48)]
+    assert outcome.dropped == 10  # the last chunk has two frames
+    assert outcome.state.frame == 50
+
+
+def test_a_chunk_that_does_not_come_within_the_deadline_is_given_up(user: Any) -> None:
+    with ScriptedServer(delay=lambda chunk: 3 if chunk in (2, 5) else 0) as server:
+        began = time.monotonic()
+        outcome = user.play(server.url, noise(2), deadline=0.4)
+    assert time.monotonic() - began < 2.5
+    assert (outcome.error, outcome.dropped) == (None, 8)
+    assert [frame.index for frame in outcome.frames] == [*range(8), *range(12, 20), *range(24, 50)]
+
+
+def test_within_the_deadline_a_lost_server_costs_a_retry_and_the_server_hears_what_is_left_of_it(user: Any) -> None:
+    script = failing(grpc.StatusCode.UNAVAILABLE, "Socket closed", [2], times=1)
+    with ScriptedServer(script=script) as server:
+        outcome = user.play(server.url, noise(1), deadline=2, retry=Retry(first=0.2))
+        first, second = [asked.deadline_ms for asked in server.asked if asked.chunk == 2]
+    assert (outcome.error, outcome.dropped, len(outcome.frames)) == (None, 0, 25)
+    assert second <= first - 200
+
+
+def test_a_live_stream_ends_when_nothing_answers_for_longer_than_servers_take_to_come_back(user: Any) -> None:
+    def live() -> Iterator[Samples]:
+        while True:
+            yield noise(0.16)
+            time.sleep(0.05)
+
+    script = failing(grpc.StatusCode.UNAVAILABLE, "Socket closed", range(3, 10**6))
+    with ScriptedServer(script=script) as server:
+        outcome = user.play(server.url, live(), deadline=0.1, timeout=Timeout(recovery=0.5), retry=QUICK)
+    assert isinstance(outcome.error, ServerUnavailableError)
+    assert outcome.state is not None
+    assert outcome.state.frame > 12  # what was dropped until then is not waited for again
+
+
+def test_recordings_have_no_deadline(user: Any, server: ScriptedServer) -> None:
+    user.play(server.url, noise(1))
+    assert {asked.deadline_ms for asked in server.asked} == {0}
+
+
+def test_a_deadline_outlives_its_stream_in_the_state(user: Any, server: ScriptedServer) -> None:
+    begun = user.play(server.url, noise(1), take=4, deadline=0.25)
+    state = StreamState.from_bytes(begun.state.to_bytes())
+    assert (state.deadline, state.id) == (0.25, begun.state.id)
+    server.asked.clear()
+    user.play(server.url, noise(1), state=state)
+    assert {asked.deadline_ms for asked in server.asked} == {250}
+
+
+def test_all_requests_of_a_stream_bear_its_id_and_their_frame(user: Any, server: ScriptedServer) -> None:
+    begun = user.play(server.url, noise(1), take=6)
+    user.play(server.url, noise(1), state=begun.state)
+    assert {asked.metadata["x-talksplat-stream"] for asked in server.asked} == {begun.state.id}
+    assert {asked.id for asked in server.asked} == {f"{begun.state.id}-{frame}" for frame in range(0, 50, 4)}
+    assert all("authorization" not in asked.metadata for asked in server.asked)
+
+
+def test_streams_at_a_time_are_counted_apart_and_those_that_follow_one_another_as_one(server: ScriptedServer) -> None:
+    with Client(server.url) as client:
+        client.preload("ava")
+        first = client.animate(noise(1), avatar="ava")
+        second = client.animate(noise(1), avatar="ava")
+        assert first.state.id != second.state.id
+        list(second)
+        third = client.animate(noise(1), avatar="ava")
+        assert third.state.id == second.state.id
+        client.avatars()
+        list(first), list(third)
+        assert len({asked.metadata["x-talksplat-stream"] for asked in server.asked}) == 2
+        assert server.asked[0].metadata["x-talksplat-stream"] == first.state.id
+
+
+async def test_streams_at_a_time_are_counted_apart_and_those_that_follow_one_another_as_one_asyncio(
+    server: ScriptedServer,
+) -> None:
+    async with AsyncClient(server.url) as client:
+        await client.preload("ava")
+        first = await client.animate(noise(1), avatar="ava")
+        second = await client.animate(noise(1), avatar="ava")
+        await second.cancel()
+        third = await client.animate(noise(1), avatar="ava")
+        await client.avatars()
+        assert first.state.id != second.state.id == third.state.id
+        assert len({asked.metadata["x-talksplat-stream"] for asked in server.asked}) <= 2
+        assert server.asked[0].metadata["x-talksplat-stream"] == first.state.id
 
 
 def test_a_server_that_is_no_talksplat_server_is_named_so(user: Any) -> None:
