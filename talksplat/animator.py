@@ -141,6 +141,22 @@ class Counts:
     caches: Mapping[str, CacheCounts]  # "avatars", "plates" and "resting"
 
 
+def _latest() -> deque[float]:
+    return deque(maxlen=MAX_TIMES)
+
+
+@dataclass(frozen=True)
+class Times:
+    """How long things took, in milliseconds: the latest `MAX_TIMES` of each.
+
+    A chunk is due when it arrives, and a further one of the same request a chunk's duration after the one before.
+    """
+
+    render: deque[float] = field(default_factory=_latest)  # a frame, in its thread
+    wait: deque[float] = field(default_factory=_latest)  # a chunk, from when it was due until it was begun
+    chunk: deque[float] = field(default_factory=_latest)  # a chunk, from when it was due until its frames were there
+
+
 class Animator:
     """Renders chunks on all cores, from avatars, plates and resting frames that it keeps in memory.
 
@@ -180,7 +196,7 @@ class Animator:
         self._frames: Counter[str] = Counter()
         self._idle_frames: Counter[str] = Counter()
         self._dropped_chunks: Counter[str] = Counter()
-        self._times: deque[float] = deque(maxlen=MAX_TIMES)
+        self._times = Times()
         self._lock = threading.Lock()  # of the numbers above
 
     def close(self) -> None:
@@ -228,11 +244,10 @@ class Animator:
             }
             return Counts(dict(self._frames), dict(self._idle_frames), dict(self._dropped_chunks), caches)
 
-    def take_times(self) -> list[float]:
-        """How many milliseconds each frame took that was drawn since the last call, or the latest `MAX_TIMES`."""
+    def take_times(self) -> Times:
+        """Since the last call."""
         with self._lock:
-            times = list(self._times)
-            self._times.clear()
+            times, self._times = self._times, Times()
         return times
 
     def preload(self, avatar_id: str) -> dict[str, Any]:
@@ -323,7 +338,10 @@ class Animator:
         try:
             self._check_age(chunk)
             frames = _frames(chunk, request.avatars[chunk.avatar])
-            drawn: _Gathering[bytes] = _Gathering(len(frames), partial(request.settle, place))
+            wanted = chunk.arrived + place * CHUNK_SECONDS
+            with self._lock:
+                self._times.wait.append(_milliseconds_since(wanted))
+            drawn: _Gathering[bytes] = _Gathering(len(frames), partial(self._drawn, request, place, wanted))
             self._schedule.add(
                 due, [partial(self._draw, drawn, number, frame, chunk.tenant) for number, frame in enumerate(frames)]
             )
@@ -344,10 +362,15 @@ class Animator:
         except BaseException as error:
             picture = error
         with self._lock:
-            self._times.append(1e3 * (time.perf_counter() - began))
+            self._times.render.append(1e3 * (time.perf_counter() - began))
             self._frames[tenant] += 1
             self._idle_frames[tenant] += frame.motion is None
         drawn.put(number, picture)
+
+    def _drawn(self, request: _Request, place: int, wanted: float, outcome: list[bytes] | BaseException) -> None:
+        with self._lock:
+            self._times.chunk.append(_milliseconds_since(wanted))
+        request.settle(place, outcome)
 
     def _picture(self, frame: _Frame) -> bytes:
         """One frame, JPEG or raw RGB; one at rest as it was drawn the last time, if it is still there."""
@@ -380,6 +403,11 @@ class Animator:
         if buffer is None or buffer.shape[:2] != (height, width):
             buffer = self._buffers.image = np.empty((height, width, 3), np.uint8)
         return buffer
+
+
+def _milliseconds_since(moment: float) -> float:
+    """Of the monotonic clock; 0 for what is still to come."""
+    return max(0.0, 1e3 * (time.monotonic() - moment))
 
 
 class _Gathering(Generic[T]):

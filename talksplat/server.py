@@ -113,6 +113,30 @@ class Ports:
                     ) from error
 
 
+@dataclass(frozen=True)
+class Trace:
+    """Where the spans of traced requests go, by OTLP over HTTP (as JSON: this Triton's exporter knows no other way).
+
+    Raises:
+        ServerError: on construction, when one of them can't be meant.
+    """
+
+    url: str  # of a collector, such as http://127.0.0.1:4318/v1/traces
+    every: int = 100  # one request in so many is traced, and each that comes with a ``traceparent``
+    delay_ms: int = 1000  # that spans are gathered before they are sent
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"https?://[^\s/,]+(/[^\s,]*)?", self.url):
+            raise ServerError(f"{self.url!r} is no collector's address: expected one such as {_COLLECTOR}.")
+        if self.every < 1 or self.delay_ms < 1:
+            raise ServerError(
+                f"One request in {self.every}, sent after {self.delay_ms} ms: expected 1 or more of each."
+            )
+
+
+_COLLECTOR = "http://127.0.0.1:4318/v1/traces"
+
+
 class Server:
     """One tritonserver process; a context manager. It ends with the thread that started it.
 
@@ -121,6 +145,7 @@ class Server:
         avatars: the folder of the avatar bundles.
         tenants: the file of `talksplat.tenants`, for a server behind the edge: it then believes the header that names
             the tenant. Without one everybody may do everything.
+        trace: where spans go; None: nothing is traced.
         ports: where to listen.
         run_dir: keeps the log, ``triton.log``, and the one before it; by default a temporary folder that a clean stop
             removes.
@@ -133,6 +158,7 @@ class Server:
         avatars: Path = ROOT / "avatars",
         *,
         tenants: Path | None = None,
+        trace: Trace | None = None,
         ports: Ports = Ports(),
         run_dir: Path | None = None,
         start_timeout: float = 60.0,
@@ -140,6 +166,7 @@ class Server:
         self.repository = repository.resolve()
         self.avatars = avatars.resolve()
         self.tenants = tenants and tenants.resolve()
+        self.trace = trace
         self.ports = ports
         self.run_dir = run_dir
         self.start_timeout = start_timeout
@@ -324,6 +351,8 @@ class Server:
             f"--grpc-restricted-protocol={_CLOSED}:{closed}",
             f"--http-restricted-api={_CLOSED}:{closed}",
             f"--exit-timeout-secs={_EXIT_SECONDS}",
+            *(f"--metrics-config={setting}" for setting in _METRICS),
+            *(f"--trace-config={setting}" for setting in _tracing(self.trace)),
             "--disable-auto-complete-config",  # a config says what it means, and the start is faster
             f"--backend-config=python,shm-region-prefix-name={self._prefix}",
         ]
@@ -376,7 +405,20 @@ class Server:
 
 _FORWARDED = "(?i)x-talksplat-.*"  # headers that models see as request parameters
 _CLOSED = "model-repository,shared-memory,trace,logging"  # Triton's doors that nothing here needs
+_METRICS = ("summary_latencies=true", "summary_quantiles=0.5:0.05,0.95:0.005,0.99:0.001")  # quantile:error
 _EXIT_SECONDS = 5  # that requests which run get to end when the server is told to stop
+
+
+def _tracing(trace: Trace | None) -> tuple[str, ...]:
+    if trace is None:
+        return ()
+    spans = ("resource=service.name=talksplat", f"url={trace.url}", f"bsp_schedule_delay={trace.delay_ms}")
+    return (
+        "mode=opentelemetry",
+        "level=TIMESTAMPS",
+        f"rate={trace.every}",
+        *(f"opentelemetry,{setting}" for setting in spans),
+    )
 
 
 _SILENCE = np.zeros(clock.CHUNK_SAMPLES, np.float32)
@@ -496,6 +538,8 @@ _NOISE = re.compile(  # tables of what the configs and the command line say, and
 def readable(line: str) -> str | None:
     """One line of tritonserver's output as ``time level message``, or None for one that says nothing here."""
     line = line.rstrip()
+    if line.startswith("{"):  # of talksplat.log
+        return line
     if not line or _NOISE.search(line):
         return None
     line = line.split(r"\n\nAt:")[0]  # the stack of a Python model's exception, on one line

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from talksplat import tenants
-from talksplat.avatar import ProfileError, SpeechEncoderError, UnknownAvatarError, unknown
+from talksplat import log, tenants
+from talksplat.avatar import unknown
 from talksplat.framing import RequestError
-from talksplat.schedule import BusyError, DeadlineError
+from talksplat.log import Fields
+from talksplat.metrics import Page, reason
 from talksplat.tenants import Tenants, TenantsFile
 
 
@@ -113,19 +115,45 @@ def response(**outputs: Any) -> Any:
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, output) for name, output in outputs.items()])
 
 
+# of pb_utils.TritonError, which is not there yet when this is imported
+_CODES = {"request": "INVALID_ARG", "avatar": "NOT_FOUND", "deadline": "CANCELLED", "busy": "UNAVAILABLE"}
+
+
 def failure(error: BaseException) -> Any:
     """The response that tells a client about an error, in a sentence."""
-    if isinstance(error, RequestError | ProfileError | SpeechEncoderError):
-        code = pb_utils.TritonError.INVALID_ARG
-    elif isinstance(error, UnknownAvatarError):
-        code = pb_utils.TritonError.NOT_FOUND
-    elif isinstance(error, DeadlineError):
-        code = pb_utils.TritonError.CANCELLED
-    elif isinstance(error, BusyError):
-        code = pb_utils.TritonError.UNAVAILABLE
-    else:
-        code = pb_utils.TritonError.INTERNAL
+    code = getattr(pb_utils.TritonError, _CODES.get(reason(error), "INTERNAL"))
     message = str(error) or type(error).__name__
     return pb_utils.InferenceResponse(
         error=pb_utils.TritonError(f"{message[:1].upper()}{message[1:].rstrip('.')}.", code)
     )
+
+
+def log_failure(logger: logging.Logger, error: BaseException, fields: Fields) -> None:
+    """The line about a request that is answered with an error."""
+    why = reason(error)
+    told = Fields(**fields, error=why)
+    if why == "deadline":
+        logger.warning("dropped", extra=told)
+    elif why in ("bundle", "internal"):
+        logger.error("failed", extra=told, exc_info=error if why == "internal" else None)
+    else:
+        logger.warning("refused", extra=told)
+
+
+class Failures:
+    """Answers, counts and logs what a model with one thread can't do.
+
+    Args:
+        model: its name.
+    """
+
+    def __init__(self, model: str) -> None:
+        log.configure()
+        self._log = logging.getLogger(model)
+        self._page = Page(pb_utils.MetricFamily)
+
+    def answer(self, request: Any, error: Exception) -> Any:
+        """The response to a request."""
+        log_failure(self._log, error, Fields(request_id=request.request_id()))
+        self._page.add("talksplat_refused_total", 1, reason=reason(error))
+        return failure(error)

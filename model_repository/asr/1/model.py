@@ -11,7 +11,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from talksplat import asr
-from talksplat.triton import array, failure, response
+from talksplat.triton import Failures, array, response
 
 
 class TritonPythonModel:
@@ -23,6 +23,7 @@ class TritonPythonModel:
         Raises:
             TritonModelException: the parameter `networks` says neither.
         """
+        self.failures = Failures("asr")
         parameters = {
             name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()
         }
@@ -44,7 +45,7 @@ class TritonPythonModel:
         try:
             text = self.transcribe(array(request, "AUDIO"))
         except Exception as error:
-            return failure(error)
+            return self.failures.answer(request, error)
         return response(TEXT=np.array([text.encode()], np.object_))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from talksplat import avatar as bundle
 from talksplat.cache import AvatarCache
-from talksplat.triton import Door, asks_to_unload, avatar_ids, failure, parameters, response
+from talksplat.triton import Door, Failures, asks_to_unload, avatar_ids, parameters, response
 
 CACHE_BYTES = 64 << 20  # some 1700 heads
 
@@ -22,6 +22,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Nothing is read before it is asked for."""
+        self.failures = Failures("avatar")
         self.door = Door()
         self.heads = AvatarCache(
             Path(os.environ["TALKSPLAT_AVATARS"]),
@@ -47,7 +48,7 @@ class TritonPythonModel:
             caller.require(names)
             heads = [self._head(avatar_id) for avatar_id in names]
         except Exception as error:
-            return failure(error)
+            return self.failures.answer(request, error)
         adapter_in, adapter_out = (np.stack(tensors) for tensors in zip(*heads, strict=True))
         return response(ADAPTER_IN=adapter_in, ADAPTER_OUT=adapter_out, ARRIVED=np.full((len(heads), 1), arrived))
 

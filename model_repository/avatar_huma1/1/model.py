@@ -14,7 +14,7 @@ import numpy as np
 from talksplat import avatar as bundle
 from talksplat import triplanes
 from talksplat.cache import AvatarCache
-from talksplat.triton import Door, asks_to_unload, avatar_ids, failure, parameters, response
+from talksplat.triton import Door, Failures, asks_to_unload, avatar_ids, parameters, response
 
 CACHE_BYTES = 256 << 20  # some 90 avatars
 
@@ -26,6 +26,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Nothing is read before it is asked for."""
+        self.failures = Failures("avatar_huma1")
         self.door = Door()
         self.encoder = json.loads(args["model_config"])["parameters"]["speech_encoder"]["string_value"]
         self.nets = AvatarCache(
@@ -54,7 +55,7 @@ class TritonPythonModel:
             tensors = {name: np.stack([net[name] for net in nets]) for name in nets[0]}
             return response(**tensors, ARRIVED=np.full((len(nets), 1), arrived))
         except Exception as error:
-            return failure(error)
+            return self.failures.answer(request, error)
 
     def _net(self, avatar_id: str) -> Tensors:
         with self.nets.use(avatar_id) as net:

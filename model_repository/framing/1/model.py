@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 
 from talksplat import clock, framing
-from talksplat.triton import array, failure, response
+from talksplat.triton import Failures, array, response
 
 
 class TritonPythonModel:
     """See config.pbtxt."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Nothing is loaded."""
+        self.failures = Failures("framing")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
@@ -25,5 +29,5 @@ class TritonPythonModel:
             indices = array(request, "FRAME_INDEX") + clock.CHUNK_FRAMES * np.arange(count, dtype=np.int64)
             avatars = np.repeat(array(request, "AVATAR")[None], count, axis=0)
         except Exception as error:
-            return failure(error)
+            return self.failures.answer(request, error)
         return response(WINDOWS=windows, AVATARS=avatars, FRAME_INDICES=indices[:, None])

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from talksplat.animator import Animator, Chunk, Options
+from talksplat import clock, log
+from talksplat.animator import CHUNK_SECONDS, Animator, Chunk, Options
 from talksplat.avatar import HUMA1_WEIGHTS, SPEECH_WIDTH, WINDOW_TOKENS, BundleError, Huma1Avatar
 from talksplat.framing import RequestError
-from talksplat.triton import Caller, Door, array, avatar_ids, failure, parameters, response
+from talksplat.log import Fields
+from talksplat.metrics import RESTARTS_VARIABLE, Page, Publisher
+from talksplat.triton import Caller, Door, array, avatar_ids, failure, log_failure, parameters, response
 
 OPERATING_THREADS = 2  # run preload, unload and list: who asks for a third one waits, but nobody who wants frames
+SLOW_MS = 500  # a chunk's frames that come later than that after it was due are worth a line
+
+_log = logging.getLogger("rasterizer")
 
 
 class TritonPythonModel:
@@ -34,8 +42,12 @@ class TritonPythonModel:
             f"{kept}_bytes": int(settings[f"{kept}_megabytes"]["string_value"]) << 20
             for kept in ("avatar", "plate", "resting")
         }
+        log.configure()
         self.door = Door()
         self.animator = Animator(Path(os.environ["TALKSPLAT_AVATARS"]), **budgets)
+        self.metrics = Publisher(
+            Page(pb_utils.MetricFamily), self.animator, int(os.environ.get(RESTARTS_VARIABLE, "0"))
+        )
         self.operators = ThreadPoolExecutor(OPERATING_THREADS, thread_name_prefix="operate")
         self.operations: dict[str, Callable[[Caller, str], dict[str, Any]]] = {
             "preload": self._preload,
@@ -46,27 +58,53 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> None:
         """Take up requests; each is answered later, through its response sender."""
         for request in requests:
-            sender = request.get_response_sender()
+            ticket = _Ticket(request.get_response_sender(), Fields(request_id=request.request_id()), time.monotonic())
             try:
-                self._take_up(request, sender)
+                self._take_up(request, ticket)
             except Exception as error:
-                _send(sender, failure(error))
+                self._fail(ticket, error)
 
     def finalize(self) -> None:
         """End the threads."""
         self.operators.shutdown(cancel_futures=True)
         self.animator.close()
+        self.metrics.close()
 
-    def _take_up(self, request: Any, sender: Any) -> None:
+    def _take_up(self, request: Any, ticket: _Ticket) -> None:
         asked = parameters(request)
         caller = self.door.caller(asked)
+        ticket.told["tenant"] = caller.tenant
         if "operation" in asked:
             operation = self._operation(request, asked["operation"])
             names = avatar_ids(request)
-            _answer(sender, self.operators.submit(lambda: [operation(caller, name) for name in names]), _reports)
+            ticket.told["avatar"] = ", ".join(names)
+            done = self.operators.submit(lambda: [operation(caller, name) for name in names])
+            self._answer(ticket, done, _reports, asked["operation"])
         else:
             chunks = _chunks(request, Options.parse(asked), caller)
-            _answer(sender, self.animator.submit(chunks), _frames)
+            ticket.tell_of(chunks)
+            self._answer(ticket, self.animator.submit(chunks), _frames, "rendered")
+
+    def _answer(
+        self, ticket: _Ticket, future: Future[Any], outputs: Callable[[Any], Mapping[str, Any]], event: str
+    ) -> None:
+        """Answer a request when its future ends, whichever way."""
+
+        def send(done: Future[Any]) -> None:
+            try:
+                answer = response(**outputs(done.result()))
+            except BaseException as error:
+                self._fail(ticket, error)
+            else:
+                _send(ticket.sender, answer)
+                _log_answer(ticket, event)
+
+        future.add_done_callback(send)
+
+    def _fail(self, ticket: _Ticket, error: BaseException) -> None:
+        self.metrics.refused(error)
+        log_failure(_log, error, Fields(**ticket.told, age_ms=1e3 * (time.monotonic() - ticket.arrived)))
+        _send(ticket.sender, failure(error))
 
     def _operation(self, request: Any, name: object) -> Callable[[Caller, str], dict[str, Any]]:
         if name not in self.operations:
@@ -100,17 +138,30 @@ class TritonPythonModel:
         return report
 
 
-def _answer(sender: Any, future: Future[Any], outputs: Callable[[Any], Mapping[str, Any]]) -> None:
-    """Answer a request when its future ends, whichever way."""
+@dataclass
+class _Ticket:
+    """A request until it is answered."""
 
-    def send(done: Future[Any]) -> None:
-        try:
-            answer = response(**outputs(done.result()))
-        except BaseException as error:
-            answer = failure(error)
-        _send(sender, answer)
+    sender: Any
+    told: Fields  # what the log says about it
+    arrived: float  # seconds of the monotonic clock
+    late: float = 0.0  # ms that its last chunk may be answered after it arrived
 
-    future.add_done_callback(send)
+    def tell_of(self, chunks: Sequence[Chunk]) -> None:
+        self.arrived = min((chunk.arrived for chunk in chunks), default=self.arrived)
+        self.late = SLOW_MS + 1e3 * CHUNK_SECONDS * (len(chunks) - 1)
+        self.told["avatar"] = ", ".join(sorted({chunk.avatar for chunk in chunks}))
+        self.told["frames"] = clock.CHUNK_FRAMES * len(chunks)
+
+
+def _log_answer(ticket: _Ticket, event: str) -> None:
+    age_ms = 1e3 * (time.monotonic() - ticket.arrived)
+    if event in ("preload", "unload"):
+        _log.info(event, extra=Fields(**ticket.told, milliseconds=age_ms))
+    elif event == "rendered" and age_ms > ticket.late:
+        _log.warning("slow", extra=Fields(**ticket.told, age_ms=age_ms))
+    else:
+        _log.debug(event, extra=Fields(**ticket.told, age_ms=age_ms))
 
 
 def _send(sender: Any, answer: Any) -> None:
@@ -119,7 +170,7 @@ def _send(sender: Any, answer: Any) -> None:
     try:
         sender.send(answer, flags=final)
     except Exception as error:
-        pb_utils.Logger.log_error(f"rasterizer: a response could not be sent: {error}")
+        _log.exception("a response could not be sent")
         sender.send(failure(error), flags=final)
 
 
