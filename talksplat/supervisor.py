@@ -10,6 +10,7 @@ Triton's model control to all who reach the server, and leaves the question what
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -25,7 +26,7 @@ LONGEST_DELAY = 30.0  # between two starts
 
 
 class Supervisor:
-    """Runs one server until it is interrupted.
+    """Runs one server until it is interrupted, or stopped by another thread.
 
     Args:
         server: not started yet.
@@ -37,9 +38,10 @@ class Supervisor:
         self._say = say
         self._broken = 0  # times in a row
         self._unanswered_since: float | None = None  # a canary, while the server is busy
+        self._stopped = threading.Event()
 
     def run(self, serving: Callable[[], None]) -> None:
-        """Start the server and keep it up; returns only by an exception, and leaves nothing running then.
+        """Start the server and keep it up; returns by an exception or after `stop`, and leaves nothing running then.
 
         Args:
             serving: is called each time the server has begun to serve.
@@ -49,10 +51,12 @@ class Supervisor:
         """
         try:
             self._server.start()
-            while True:
+            while not self._stopped.is_set():
                 began = time.monotonic()
                 serving()
                 reason = self._watch()
+                if self._stopped.is_set():
+                    return
                 self._server.kill()
                 if time.monotonic() - began > STABLE_SECONDS:
                     self._broken = 0
@@ -61,13 +65,18 @@ class Supervisor:
         finally:
             self._server.stop()
 
+    def stop(self) -> None:
+        """Have `run` return soon, from any thread."""
+        self._stopped.set()
+
     def _start_again(self) -> None:
-        while True:
+        while not self._stopped.is_set():
             self._broken += 1
             delay = min(LONGEST_DELAY, 2.0 ** (self._broken - 3)) if self._broken > 2 else 0.0
             self._server.restarts += 1
             self._say(f"Starting it again{f' in {delay:g} s: it broke {self._broken} times' if delay else ''}.")
-            time.sleep(delay)
+            if self._stopped.wait(delay):
+                return
             try:
                 self._server.start()
             except (ServerError, OSError) as error:  # a full disk, too, may be mended
@@ -79,7 +88,7 @@ class Supervisor:
         """Return once the server no longer serves, with the reason."""
         failures, next_canary = 0, time.monotonic() + CANARY_SECONDS
         self._unanswered_since = None
-        while True:
+        while not self._stopped.wait(LOOK_SECONDS):
             if (reason := self._server.dead_processes()) is not None:
                 return reason
             if time.monotonic() >= next_canary:
@@ -88,7 +97,7 @@ class Supervisor:
                 if failures > 1:
                     return str(problem).rstrip(".")
                 next_canary = time.monotonic() + (0 if problem else CANARY_SECONDS)
-            time.sleep(LOOK_SECONDS)
+        return "it was stopped"
 
     def _try_canary(self) -> NotServingError | None:
         """What is wrong, if anything; a server that is merely busy gets time."""
