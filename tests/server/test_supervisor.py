@@ -26,7 +26,7 @@ from talksplat.server import (
     UnsupportedPythonError,
     readable,
 )
-from talksplat.supervisor import Supervisor
+from talksplat.supervisor import LOOK_SECONDS, Supervisor
 
 
 @pytest.fixture(scope="module")
@@ -191,12 +191,12 @@ class Scripted:
 
 def test_repeated_failures_are_tried_again_at_growing_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     delays: list[float] = []
-    monkeypatch.setattr("time.sleep", delays.append)
+    monkeypatch.setattr("threading.Event.wait", lambda _, seconds: delays.append(seconds))
     said: list[str] = []
     server = Scripted(None, None, None, StartError("no luck"), None)
     with pytest.raises(KeyboardInterrupt):
         Supervisor(server, said.append).run(lambda: None)  # type: ignore[arg-type]
-    assert delays == [0, 0, 1, 2, 4]
+    assert [seconds for seconds in delays if seconds != LOOK_SECONDS] == [0, 0, 1, 2, 4]
     assert "The server stopped serving: a stub ended." in said
     assert "no luck" in said
     assert server.stops == 1
