@@ -121,11 +121,11 @@ class Viewer:
 
 
 class Viewers:
-    """One viewer of each of `MARKED`; a context manager."""
+    """One viewer an avatar; a context manager."""
 
-    def __init__(self, urls: Sequence[str]) -> None:
+    def __init__(self, urls: Sequence[str], avatars: Sequence[str] = MARKED) -> None:
         self._client = Client(urls, timeout=Timeout(recovery=PATIENCE))
-        self._viewers = [Viewer(self._client, avatar, seed) for seed, avatar in enumerate(MARKED)]
+        self._viewers = [Viewer(self._client, avatar, seed) for seed, avatar in enumerate(avatars)]
         self._fault = 0.0
 
     def __enter__(self) -> Self:

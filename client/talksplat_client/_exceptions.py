@@ -115,6 +115,8 @@ def from_status(
     details = _ENSEMBLE.sub("", details)
     if "Stub process" in details:  # of any code; the server's supervisor puts it right in seconds
         return ServerUnavailableError(f"a part of the server at {url} has died: {details}")
+    if "shared memory pool" in details:  # its /dev/shm is full: this chunk may fit at another replica, or later
+        return ServerUnavailableError(f"the server at {url} has no memory left: {details}")
     if code == "UNAVAILABLE" and (reason := _tls_failure(details)):
         return TlsError(f"no secure connection to {url}: {reason}")
     if code == "UNAVAILABLE":

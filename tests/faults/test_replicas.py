@@ -1,0 +1,41 @@
+"""Two replicas, and a client that knows both: one of them dies or hangs, the streams go on at the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from supervised import Up
+from viewers import Verdict, Viewers
+
+from talksplat import supervisor
+
+
+@pytest.fixture(scope="module")
+def other(marked_avatars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    with Up(marked_avatars, tmp_path_factory.mktemp("other")) as other:
+        yield other
+
+
+def test_a_replica_that_is_killed_costs_no_frame(up: Up, other: Up, judge: Callable[[str, Verdict], None]) -> None:
+    judge("kill -9 of one of two replicas", lose(up, other, psutil.Process.kill))
+
+
+def test_a_replica_that_hangs_costs_no_frame(up: Up, other: Up, judge: Callable[[str, Verdict], None]) -> None:
+    judge("SIGSTOP of one of two replicas", lose(up, other, psutil.Process.suspend))
+
+
+def lose(up: Up, other: Up, fault: Callable[[psutil.Process], None]) -> Verdict:
+    """What viewers see of a fault at the replica that they have turned to."""
+    broken = up.tritonserver()
+    with Viewers([up.probe.grpc_url, other.probe.grpc_url]) as viewers:
+        time.sleep(supervisor.STABLE_SECONDS)
+        viewers.fault()
+        fault(broken)
+        viewers.wait_until_all_see()
+        verdict = viewers.verdict()
+    up.wait_for_another(broken)
+    return verdict
