@@ -28,6 +28,10 @@ demo: models  ## animate demo/speech.wav with the avatar ava: writes demo/out/av
 serve: models  ## start the server and keep it up; prints its endpoints
 	@$(BIN)/talksplat-server up
 
+.PHONY: serve-secure
+serve-secure: models  ## the same behind nginx: TLS, API keys, tenants, limits
+	@$(BIN)/talksplat-server secure
+
 .PHONY: test
 test: models $(VENV)/.dev lint types  ## all tests, lint and types
 	$(BIN)/python -m pytest

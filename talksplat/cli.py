@@ -7,13 +7,14 @@ import importlib
 import pkgutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 from talksplat import avatar as bundle
-from talksplat import bench, tenants
-from talksplat.server import ROOT, Ports, Server, ServerError
+from talksplat import bench, edge, tenants
+from talksplat.server import HOST, ROOT, Ports, Server, ServerError
 from talksplat.supervisor import Supervisor
 
 
@@ -44,6 +45,21 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--free-ports", action="store_true", help="take ports that are free instead")
     up.add_argument("--run-dir", type=Path, help="folder of the log; default: runs/PORT beside the repository")
     up.set_defaults(run=_up)
+
+    secure = commands.add_parser("secure", help="as up, behind nginx: TLS, API keys, tenants, limits, replicas")
+    secure.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: %(default)s")
+    secure.add_argument(
+        "--avatars", type=Path, default=ROOT / "avatars", help="folder of bundles; default: %(default)s"
+    )
+    secure.add_argument("--tenants", type=Path, metavar="FILE", help="who may use what; default: made in the run dir")
+    secure.add_argument("--replicas", type=int, default=1, metavar="N", help="servers; default: %(default)s")
+    secure.add_argument("--host", default=HOST, help="address to listen on; default: %(default)s")
+    secure.add_argument("--port", type=int, default=edge.PORT, help="default: %(default)s")
+    secure.add_argument("--free-ports", action="store_true", help="take ports that are free instead, for all of it")
+    secure.add_argument("--certificate", type=Path, metavar="PEM", help="default: a self-signed one in the run dir")
+    secure.add_argument("--certificate-key", type=Path, metavar="PEM")
+    secure.add_argument("--run-dir", type=Path, help="folder of logs; default: runs/secure beside the repository")
+    secure.set_defaults(run=_secure)
 
     key = commands.add_parser("key", help="make an API key; prints it once, and what to write into the tenants file")
     key.add_argument("--tenant", required=True, metavar="NAME", help="whose key it will be")
@@ -79,14 +95,52 @@ def _up(arguments: argparse.Namespace) -> int:
         console.print(f"  gRPC     {server.grpc_url}\n  HTTP     http://{server.http_url}")
         console.print(f"  metrics  {server.metrics_url}\n  log      {run_dir / 'triton.log'}")
 
+    console.print("Starting Triton ...")
+    _until_interrupted(lambda: Supervisor(server, console.print).run(serving), console)
+    return 0
+
+
+def _secure(arguments: argparse.Namespace) -> int:
+    if arguments.replicas < 1:
+        raise edge.EdgeError(f"--replicas is {arguments.replicas}, expected 1 or more.")
+    if (arguments.certificate is None) != (arguments.certificate_key is None):
+        raise edge.EdgeError("--certificate and --certificate-key belong together.")
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    run_dir = arguments.run_dir or arguments.repository.resolve().parent / "runs" / "secure"
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    certificate, key = arguments.certificate, arguments.certificate_key
+    if certificate is None:
+        certificate, key = run_dir / "certificate.pem", run_dir / "certificate-key.pem"
+        if not (certificate.exists() and key.exists()):
+            edge.make_certificate(certificate, key, arguments.host)
+            console.print(f"Made a self-signed certificate, {certificate}: give it to clients as their CA.")
+    file = arguments.tenants or run_dir / "tenants.toml"
+    if arguments.tenants is None and not file.exists():
+        console.print(f"Made {file} and its first API key, which is shown this once: {edge.make_tenants(file)}")
+    ports = [Ports.free() if arguments.free_ports else Ports.numbered(each) for each in range(arguments.replicas)]
+    port = Ports.free().http if arguments.free_ports else arguments.port
+    address = edge.Address(certificate, key, arguments.host, port)
+    secure = edge.Secure(arguments.repository, arguments.avatars, file, ports, address, run_dir, console.print)
+
+    def serving() -> None:
+        console.print(f"Serving; Ctrl-C stops it.\n  gRPC and HTTP  {address.url} (TLS, API key)")
+        console.print(f"  health         https://{address.url}/healthz\n  tenants        {file}")
+        for each in ports:
+            console.print(f"  metrics        http://{HOST}:{each.metrics}/metrics")
+        console.print(f"  logs           {run_dir}")
+
+    console.print(f"Starting nginx and {arguments.replicas} Triton ...")
+    _until_interrupted(lambda: secure.run(serving), console)
+    return 0
+
+
+def _until_interrupted(run: Callable[[], None], console: Console) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
-    console.print("Starting Triton ...")
     try:
-        Supervisor(server, console.print).run(serving)
+        run()
     except KeyboardInterrupt:
         console.print("Stopped.")
-    return 0
 
 
 def _key(arguments: argparse.Namespace) -> int:

@@ -98,6 +98,11 @@ class Ports:
                 each.bind((HOST, 0))
             return cls(*(each.getsockname()[1] for each in sockets))
 
+    @classmethod
+    def numbered(cls, number: int) -> Ports:
+        """Those of one of several servers, counted from 0: ten ports apart."""
+        return cls(*(port + 10 * number for port in vars(cls()).values()))
+
     def check(self) -> None:
         """Raise PortInUseError if one of them is taken: another server's answers would pass for our own."""
         for name, port in vars(self).items():

@@ -1,0 +1,374 @@
+"""All of it on one machine: supervised servers, and nginx before them as the edge (``deploy/nginx``).
+
+    Secure(tenants=Path("tenants.toml"), certificate=Path("certificate.pem"), ...).run(print)
+
+What nginx is to know lies in one folder, its prefix: the configuration, rendered from ``deploy/nginx``; `tenants`, the
+tenants' limits by the hashes of their keys; and `canaries`, which says that some replica has just answered one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import grp
+import ipaddress
+import os
+import pwd
+import shutil
+import signal
+import socket
+import string
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from talksplat import tenants as tenants_module
+from talksplat.server import HOST, ROOT, PortInUseError, Ports, Server, ServerError
+from talksplat.supervisor import Supervisor
+from talksplat.tenants import Tenants, TenantsFile
+
+SOURCE = ROOT / "deploy" / "nginx"
+MODULES = Path("/usr/lib/nginx/modules")  # Debian's and Ubuntu's
+PORT = 8443
+STREAMS = 8  # of a first tenants file: at 512x512 on two cores
+CERTIFICATE_DAYS = 825
+_START_SECONDS = 5.0
+_STOP_SECONDS = 15.0
+_LOOK_SECONDS = 0.1
+
+
+class EdgeError(ServerError):
+    """The edge cannot start; the message says why and what to do."""
+
+
+class MissingNginxError(EdgeError):
+    """nginx or its Lua module is not installed."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the edge listens, and by what it proves who it is."""
+
+    certificate: Path  # PEM, with the chain
+    certificate_key: Path  # PEM
+    host: str = HOST
+    port: int = PORT
+
+    @property
+    def url(self) -> str:
+        """``host:port``."""
+        return f"{self.host}:{self.port}"
+
+
+class Edge:
+    """One nginx, started again by `look` when it has died. It ends with the thread that started it.
+
+    Args:
+        tenants: the file of `talksplat.tenants`.
+        replicas: of the servers on this machine.
+        address: where to listen.
+        prefix: nginx's folder: configuration, logs, temporary files.
+    """
+
+    def __init__(self, tenants: Path, replicas: Sequence[Ports], address: Address, prefix: Path) -> None:
+        self.address = address
+        self._file = TenantsFile(tenants)
+        self._replicas = replicas
+        self._prefix = prefix.resolve()
+        self._nginx = _find_nginx()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._written: Tenants | None = None
+        self._beats = 0
+        self._up: set[Ports] = set()  # replicas that answered their last canary
+        self._lock = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """Of nginx's master process, while it runs."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Start, and return once nginx listens.
+
+        Raises:
+            EdgeError: it does not; nothing is left running.
+        """
+        self._prefix.mkdir(parents=True, exist_ok=True)
+        (self._prefix / "temp").mkdir(exist_ok=True)
+        _write(self._prefix / "nginx.conf", self._configuration())
+        self._write_tenants()
+        self._beat()
+        try:
+            _check_free(self.address)
+            self._launch()
+            self._wait_until_listening()
+        except BaseException:
+            self.stop()
+            raise
+
+    def look(self) -> str | None:
+        """Follow changes of the tenants file; start nginx again when it has died, and say so."""
+        self._write_tenants()
+        if self._process is None or (code := self._process.poll()) is None:
+            return None
+        self._kill()
+        self._launch()
+        return f"nginx ended with {code}: started again."
+
+    def stop(self) -> None:
+        """Stop, and leave no process behind."""
+        if self._process is not None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(3)
+            self._kill()
+
+    def passed(self, replica: Ports) -> None:
+        """A replica has answered a canary; from any thread."""
+        with self._lock:
+            self._up.add(replica)
+        self._beat()
+
+    def fell(self, replica: Ports) -> None:
+        """A replica is down; from any thread."""
+        with self._lock:
+            self._up.discard(replica)
+        self._beat()
+
+    def _beat(self) -> None:
+        with self._lock:
+            self._beats += 1
+            if self._prefix.is_dir():
+                _write(self._prefix / "canaries", f"{self._beats}\n" if self._up else "")
+
+    def _write_tenants(self) -> None:
+        tenants = self._file.tenants
+        if tenants is not self._written:
+            _write(self._prefix / "tenants", hashes(tenants))
+            self._written = tenants
+
+    def _configuration(self) -> str:
+        def servers(ports: Sequence[int]) -> str:
+            return " ".join(f"server {HOST}:{port} max_fails=1 fail_timeout=3s;" for port in ports)
+
+        template = string.Template((SOURCE / "nginx.conf.template").read_text())
+        return template.safe_substitute(  # nginx has variables of its own
+            TALKSPLAT_USER=f"{pwd.getpwuid(os.getuid()).pw_name} {grp.getgrgid(os.getgid()).gr_name}",
+            TALKSPLAT_LISTEN=self.address.url,
+            TALKSPLAT_CERTIFICATE=self.address.certificate.resolve(),
+            TALKSPLAT_CERTIFICATE_KEY=self.address.certificate_key.resolve(),
+            TALKSPLAT_EDGE=SOURCE,
+            TALKSPLAT_GRPC_SERVERS=servers([replica.grpc for replica in self._replicas]),
+            TALKSPLAT_HTTP_SERVERS=servers([replica.http for replica in self._replicas]),
+        )
+
+    def _launch(self) -> None:
+        self._process = subprocess.Popen(
+            [self._nginx, "-p", self._prefix, "-c", self._prefix / "nginx.conf", "-e", self._prefix / "error.log"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches the launcher only
+            preexec_fn=_end_with_launcher,
+        )
+
+    def _wait_until_listening(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection((self.address.host, self.address.port), 1):
+                return
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                log = self._prefix / "error.log"
+                lines = log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []
+                raise EdgeError("\n  ".join(["nginx does not start:", *lines, f"The whole log: {log}"]))
+            time.sleep(0.02)
+
+    def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # workers of a killed master hold on to the port
+            process.wait()
+
+
+class _Replica(Server):
+    """A server whose canaries the edge is told of."""
+
+    edge: Edge
+
+    def canary(self, timeout: float) -> None:
+        super().canary(timeout)
+        self.edge.passed(self.ports)
+
+    def kill(self) -> None:
+        self.edge.fell(self.ports)
+        super().kill()
+
+    def stop(self) -> None:
+        self.edge.fell(self.ports)
+        super().stop()
+
+
+class Secure:
+    """Servers and their edge, each started again when it dies.
+
+    Args:
+        repository: the model repository, with the exported models in it.
+        avatars: the folder of the avatar bundles.
+        tenants: the file of `talksplat.tenants`.
+        replicas: the ports of each server.
+        address: where the edge listens.
+        run_dir: keeps all logs.
+        say: is told what happens, in sentences; from several threads.
+
+    Raises:
+        TenantsError: the tenants file can't be used.
+        MissingNginxError: nginx or its Lua module is not installed.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        avatars: Path,
+        tenants: Path,
+        replicas: Sequence[Ports],
+        address: Address,
+        run_dir: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        self._say = say
+        self._edge = Edge(tenants, replicas, address, run_dir / "edge")
+        self._supervisors = []
+        for number, ports in enumerate(replicas):
+            name = f"replica-{number}"
+            server = _Replica(repository, avatars, tenants=tenants, ports=ports, run_dir=run_dir / name)
+            server.edge = self._edge
+            self._supervisors.append(Supervisor(server, lambda text, name=name: say(f"{name}: {text}")))  # type: ignore[misc]
+        self._serving = 0
+        self._failure: BaseException | None = None
+
+    def run(self, serving: Callable[[], None]) -> None:
+        """Start everything and keep it up; returns only by an exception, and leaves nothing running then.
+
+        Args:
+            serving: is called once, when all of it serves.
+
+        Raises:
+            ServerError, OSError: the first start failed.
+        """
+        threads = [threading.Thread(target=self._keep, args=(each,), daemon=True) for each in self._supervisors]
+        try:
+            self._edge.start()
+            for thread in threads:
+                thread.start()
+            is_serving = False
+            while self._failure is None:
+                if (news := self._edge.look()) is not None:
+                    self._say(news)
+                if not is_serving and self._serving >= len(threads):
+                    is_serving = True
+                    serving()
+                time.sleep(_LOOK_SECONDS)
+            raise self._failure
+        finally:
+            self._edge.stop()
+            for supervisor in self._supervisors:
+                supervisor.stop()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join(_STOP_SECONDS)
+
+    def _keep(self, supervisor: Supervisor) -> None:
+        def serving() -> None:
+            self._serving += 1
+
+        try:
+            supervisor.run(serving)
+        except BaseException as error:
+            self._failure = error
+
+
+def hashes(tenants: Tenants) -> str:
+    """What the edge knows of tenants: the machine's streams, then a line a key with its tenant's limits."""
+    lines = [f"streams {tenants.streams}"]
+    for tenant in tenants.by_name.values():
+        lines += [f"{key} {tenant.name} {tenant.streams} {tenant.requests_per_second!r}" for key in sorted(tenant.keys)]
+    return "\n".join(lines) + "\n"
+
+
+def make_tenants(path: Path, name: str = "first") -> str:
+    """Write a tenants file with one tenant, who may use every avatar; returns its API key, which is kept nowhere."""
+    made, digest = tenants_module.key()
+    _write(
+        path,
+        f"streams = {STREAMS}  # at a time, of the whole machine\n\n"
+        f'[tenants.{name}]\nkeys = ["{digest}"]  # SHA-256\n'
+        f'avatars = ["*"]\nstreams = {STREAMS}\nrequests_per_second = {STREAMS * 25}\n',
+    )
+    return made
+
+
+def make_certificate(certificate: Path, key: Path, host: str) -> None:
+    """Write a self-signed certificate for this machine, and its key.
+
+    Raises:
+        EdgeError: openssl is missing or fails.
+    """
+    names = {"DNS:localhost", f"DNS:{socket.gethostname()}", f"IP:{HOST}"}
+    try:
+        names.add(f"IP:{ipaddress.ip_address(host)}")
+    except ValueError:
+        names.add(f"DNS:{host}")
+    made = [path.with_name(f".{path.name}.{os.getpid()}") for path in (certificate, key)]
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-days", str(CERTIFICATE_DAYS), "-subj", "/CN=talksplat", "-out", str(made[0]), "-keyout", str(made[1])]
+    command += ["-addext", f"subjectAltName={','.join(sorted(names))}"]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, umask=0o077)
+        for path, target in zip(made, (certificate, key), strict=True):
+            path.chmod(0o600)
+            path.replace(target)
+    except FileNotFoundError as error:
+        raise EdgeError("There is no openssl to make a certificate with: apt install openssl.") from error
+    except subprocess.CalledProcessError as error:
+        raise EdgeError(f"openssl made no certificate: {error.stderr.strip()}") from error
+    finally:
+        for path in made:
+            path.unlink(missing_ok=True)
+
+
+def _find_nginx() -> Path:
+    found = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
+    missing = None if found else "nginx"
+    if not all((MODULES / f"{name}_module.so").exists() for name in ("ndk_http", "ngx_http_lua")):
+        missing = f"{missing} and its Lua module" if missing else "nginx's Lua module"
+    if found is None or missing is not None:
+        raise MissingNginxError(f"{missing} is not installed: apt install nginx-light libnginx-mod-http-lua.")
+    return Path(found)
+
+
+def _check_free(address: Address) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address.host, address.port))
+        except (OSError, OverflowError) as error:
+            raise PortInUseError(f"{address.url} can't be used ({error}): choose another with --port.") from error
+
+
+def _write(path: Path, text: str) -> None:
+    """In one step, for the owner's eyes only."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+_end_with_launcher = functools.partial(_LIBC.prctl, _PR_SET_PDEATHSIG, signal.SIGTERM)  # which the workers then follow
