@@ -97,7 +97,7 @@ class Chunk:
     speech: Float32 | None  # [4] probability
     frame_index: int  # of the first frame
     options: Options = Options()
-    arrived: float = field(default_factory=time.monotonic)  # seconds; its age counts from here
+    arrived: float = field(default_factory=lambda: time.monotonic())  # seconds; its age counts from here
     tenant: str = ""  # whose frames and dropped chunks are counted
 
 
