@@ -36,6 +36,7 @@ Float64 = npt.NDArray[np.float64]
 CHUNK_SECONDS = clock.CHUNK_SAMPLES / clock.SAMPLE_RATE
 FIRST_DUE_SECONDS = (clock.CHUNK_SAMPLES + clock.LOOK_AHEAD) / clock.SAMPLE_RATE  # after the first sample
 BUFFER = 2 / clock.FPS  # seconds from the first frame to the playout
+INTERRUPT_P95_MS = 300.0  # limit: from a barge-in until frames of a face at rest are here; speakers answer so soon
 
 
 @dataclass(frozen=True)
