@@ -15,7 +15,6 @@ from loadtests.slo import Slo
 from talksplat import clock
 from talksplat.bench._report import Row, machine, report
 
-
 NOT_PRINTED = {
     "streams",
     "frames",
