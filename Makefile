@@ -89,5 +89,5 @@ $(VENV)/.installed: $(PROJECTS) $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation -e '.[load]'
-	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout hypothesis espeakng-loader kubernetes-validate PyYAML
+	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout hypothesis espeakng-loader kubernetes-validate opentelemetry-proto PyYAML
 	@touch $@

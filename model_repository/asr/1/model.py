@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from talksplat import asr
+from talksplat.log import Fields
 from talksplat.triton import Failures, array, response
+
+_log = logging.getLogger("asr")
 
 
 class TritonPythonModel:
@@ -42,10 +47,14 @@ class TritonPythonModel:
         return [self._respond(request) for request in requests]
 
     def _respond(self, request: Any) -> Any:
+        began = time.monotonic()
         try:
             text = self.transcribe(array(request, "AUDIO"))
         except Exception as error:
             return self.failures.answer(request, error)
+        # that it was done, but never what was said
+        told = Fields(request_id=request.request_id(), milliseconds=1e3 * (time.monotonic() - began))
+        _log.debug("transcribed", extra=told)
         return response(TEXT=np.array([text.encode()], np.object_))
 
 

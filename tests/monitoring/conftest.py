@@ -1,0 +1,67 @@
+"""One server that is watched in every way: tenants, traces, all its log, and a Prometheus that asks it."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import tritonclient.grpc as triton
+from collector import Collector
+from make_avatar import write_avatar
+from prometheus import SCRAPE_SECONDS, Prometheus, tool
+from watched import HASH, RESTARTS, TRACED, Watched
+
+from talksplat.log import LEVEL_VARIABLE
+from talksplat.metrics import PUBLISH_SECONDS
+from talksplat.server import Ports, Server, Trace
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """Tenants: acme, who may use the avatar red, and bolt, who may use green."""
+    folder = tmp_path_factory.mktemp("watched")
+    for avatar_id in ("red", "green"):
+        write_avatar(folder / "avatars", avatar_id)
+    file = folder / "tenants.toml"
+    file.write_text(
+        f"""streams = 12
+        [tenants.acme]
+        keys = ["{HASH}"]
+        avatars = ["red"]
+        streams = 4
+        requests_per_second = 1000
+        [tenants.bolt]
+        keys = []
+        avatars = ["green"]
+        streams = 4
+        requests_per_second = 1000
+        """
+    )
+    with Collector() as collector, mock.patch.dict(os.environ, {LEVEL_VARIABLE: "debug"}):
+        trace = Trace(collector.url, every=TRACED, delay_ms=200)
+        server = Server(
+            avatars=folder / "avatars", tenants=file, trace=trace, ports=Ports.free(), run_dir=folder / "run"
+        )
+        server.restarts = RESTARTS
+        with server, triton.InferenceServerClient(server.grpc_url) as client:
+            yield Watched(server, client, collector)
+
+
+@pytest.fixture(scope="session")
+def prometheus(watched: Watched, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """Asks the watched server, and another one that is not there."""
+    tool("prometheus")
+    metrics = watched.server.metrics_url.split("/")[2]
+    folder: Path = tmp_path_factory.mktemp("prometheus") / "copy"
+    ports = Ports.free()
+    with Prometheus(folder, [metrics, f"127.0.0.1:{ports.http}"], ports.grpc) as prometheus:
+        yield prometheus
+
+
+@pytest.fixture
+def quiet(prometheus: Prometheus) -> Prometheus:
+    """Prometheus, once it knows all that happened before."""
+    time.sleep(PUBLISH_SECONDS + 2 * SCRAPE_SECONDS)
+    return prometheus
