@@ -61,7 +61,7 @@ class AsyncClient:
     async def clock(self) -> Clock:
         """See `Client.clock`."""
         if self._clock is None:
-            terms = self._terms(self._timeout.connect)
+            terms = Terms(self._timeout.connect, None)
             response = await self._transport.call("ModelConfig", protocol.CLOCK, terms).result()
             self._clock = Clock.from_parameters(protocol.clock_parameters(response))
         return self._clock
@@ -176,14 +176,15 @@ class AsyncClient:
     async def _health(self, url: str) -> Health:
         try:
             request = protocol.operation("list", "", self._latest)
-            response = await self._transport.ask(url, "ModelInfer", request, self._terms(self._timeout.connect))
+            response = await self._transport.ask(url, "ModelInfer", request, Terms(self._timeout.connect, None))
             return protocol.health(url, response)
         except TalksplatError as error:
             return Health(url, False, str(error))
 
     async def _operation(self, name: str, avatar: str = "") -> protocol.Response:
         await self.clock()  # the first contact: nobody waits for a server that was never there
-        return await self._infer(protocol.operation(name, avatar, self._latest), self._timeout.utterance).result()
+        request = protocol.operation(name, avatar, self._latest)
+        return await self._transport.call("ModelInfer", request, Terms(self._timeout.utterance, None)).result()
 
     async def _utterances(self, audio: Audio, cutter: UtteranceCutter, state: StreamState) -> AsyncIterator[Utterance]:
         async for first, piece in self._pieces(audio, cutter):
@@ -201,11 +202,7 @@ class AsyncClient:
             yield piece
 
     def _infer(self, request: protocol.Request, timeout: float) -> AsyncCall:
-        return self._transport.call("ModelInfer", request, self._terms(timeout))
-
-    def _terms(self, timeout: float) -> Terms:
-        """See `Client._terms`."""
-        return Terms(timeout, self._latest)
+        return self._transport.call("ModelInfer", request, Terms(timeout, self._latest))
 
 
 class AsyncStream(AsyncIterator[Frame]):

@@ -79,7 +79,7 @@ class Client:
             ServerError: something answers, but is no talksplat server.
         """
         if self._clock is None:
-            response = self._transport.call("ModelConfig", protocol.CLOCK, self._terms(self._timeout.connect)).result()
+            response = self._transport.call("ModelConfig", protocol.CLOCK, Terms(self._timeout.connect, None)).result()
             self._clock = Clock.from_parameters(protocol.clock_parameters(response))
         return self._clock
 
@@ -248,14 +248,15 @@ class Client:
     def _health(self, url: str) -> Health:
         try:
             request = protocol.operation("list", "", self._latest)
-            response = self._transport.ask(url, "ModelInfer", request, self._terms(self._timeout.connect))
+            response = self._transport.ask(url, "ModelInfer", request, Terms(self._timeout.connect, None))
             return protocol.health(url, response)
         except TalksplatError as error:
             return Health(url, False, str(error))
 
     def _operation(self, name: str, avatar: str = "") -> protocol.Response:
         self.clock()  # the first contact: nobody waits for a server that was never there
-        return self._infer(protocol.operation(name, avatar, self._latest), self._timeout.utterance).result()
+        request = protocol.operation(name, avatar, self._latest)
+        return self._transport.call("ModelInfer", request, Terms(self._timeout.utterance, None)).result()
 
     def _utterances(
         self, audio: Pcm | Iterable[Pcm], cutter: UtteranceCutter, state: StreamState
@@ -273,11 +274,8 @@ class Client:
         yield from iter(cutter.next_piece, None)
 
     def _infer(self, request: protocol.Request, timeout: float) -> Call:
-        return self._transport.call("ModelInfer", request, self._terms(timeout))
-
-    def _terms(self, timeout: float) -> Terms:
-        """Of a request outside streams: it counts with the latest stream, or with the one that is opened next."""
-        return Terms(timeout, self._latest)
+        # an utterance takes the place of the latest stream, or of the one that is opened next
+        return self._transport.call("ModelInfer", request, Terms(timeout, self._latest))
 
 
 class Stream(Iterator[Frame]):

@@ -37,7 +37,8 @@ CHANNEL_OPTIONS = [
     # a peer that is silent for 2 s of a request is asked whether it lives, and has 2 s to say so; without a request
     # nothing is asked, so that no server takes offence (GOAWAY, too_many_pings)
     ("grpc.keepalive_time_ms", 2000),
-    ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.http2.ping_timeout_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 2000),  # for the kernel: TCP_USER_TIMEOUT
 ]
 _KEY = re.compile(r"[!-~]+")  # what a header's value may hold
 
@@ -51,7 +52,7 @@ class Terms:
     """Under which one request is tried."""
 
     timeout: float  # seconds, each attempt
-    stream: str  # id
+    stream: str | None  # id; None: it belongs to none, and needs no place among streams
     deadline: float | None = None  # seconds, all attempts
     running: bool = False  # it belongs to a stream that has frames already
 
@@ -94,7 +95,8 @@ class Replicas:
 
     def metadata(self, terms: Terms) -> tuple[tuple[str, str], ...]:
         """What the edge reads of a request."""
-        return (*self._authorization, ("x-talksplat-stream", terms.stream))
+        stream = () if terms.stream is None else (("x-talksplat-stream", terms.stream),)
+        return (*self._authorization, *stream)
 
     def succeeded(self) -> None:
         """A replica has answered: from now on a failure is a loss, worth waiting for."""

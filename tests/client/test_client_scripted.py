@@ -478,8 +478,13 @@ def test_streams_at_a_time_are_counted_apart_and_those_that_follow_one_another_a
         assert third.state.id == second.state.id
         client.avatars()
         list(first), list(third)
-        assert len({asked.metadata["x-talksplat-stream"] for asked in server.asked}) == 2
-        assert server.asked[0].metadata["x-talksplat-stream"] == first.state.id
+        client.transcribe(noise(1))
+        streams = [asked.metadata.get("x-talksplat-stream") for asked in server.asked]
+        assert set(streams) == {None, first.state.id, second.state.id}
+        assert [asked.model for asked in server.asked if "x-talksplat-stream" not in asked.metadata] == 2 * [
+            "rasterizer"
+        ]
+        assert streams[-1] == third.state.id
 
 
 async def test_streams_at_a_time_are_counted_apart_and_those_that_follow_one_another_as_one_asyncio(
@@ -493,8 +498,13 @@ async def test_streams_at_a_time_are_counted_apart_and_those_that_follow_one_ano
         third = await client.animate(noise(1), avatar="ava")
         await client.avatars()
         assert first.state.id != second.state.id == third.state.id
-        assert len({asked.metadata["x-talksplat-stream"] for asked in server.asked}) <= 2
-        assert server.asked[0].metadata["x-talksplat-stream"] == first.state.id
+        await client.transcribe(noise(1))
+        streams = [asked.metadata.get("x-talksplat-stream") for asked in server.asked]
+        assert set(streams) <= {None, first.state.id, second.state.id}
+        assert [asked.model for asked in server.asked if "x-talksplat-stream" not in asked.metadata] == 2 * [
+            "rasterizer"
+        ]
+        assert streams[-1] == third.state.id
 
 
 def test_a_server_that_is_no_talksplat_server_is_named_so(user: Any) -> None:
