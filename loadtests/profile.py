@@ -27,7 +27,7 @@ import onnxruntime as ort
 import simplejpeg
 
 from loadtests.streams import FlatOut, Generator, Load, Paced, Triton, windows
-from loadtests.usage import Batching, Watch
+from loadtests.usage import Model, Watch
 from talksplat import avatar as bundle
 from talksplat import clock, splat
 from talksplat.animator import Options, gate
@@ -67,16 +67,17 @@ def measure(
     rows: list[Row] = [{"view": "stage", "part": part, **times} for part, times in work.items()]
     for kind, streams in LOADS:
         load = Load(streams, (avatar,), size, seconds, speech=SPEECH)
-        watch = Watch(server)
+        assert server.pid is not None
+        watch = Watch(server.pid, server.grpc_url)
         drive = generator.paced if kind == "paced" else generator.flat_out
         seen: Paced | FlatOut = drive(Triton(server.grpc_url), load, watch)
         cpu = {"generator": seen.cpu_seconds, **watch.cpu_seconds}
-        rows += _of_load(f"{kind} {streams}", seen, cpu, watch.batching, work)
+        rows += _of_load(f"{kind} {streams}", seen, cpu, watch.models, work)
     return rows
 
 
 def _of_load(
-    load: str, seen: Paced | FlatOut, cpu: dict[str, float], models: dict[str, Batching], work: dict[str, Row]
+    load: str, seen: Paced | FlatOut, cpu: dict[str, float], models: dict[str, Model], work: dict[str, Row]
 ) -> list[Row]:
     frames = seen.frames_per_s * seen.seconds
     total = sum(cpu.values())

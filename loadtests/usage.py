@@ -11,7 +11,7 @@ from typing import TypeAlias
 import psutil
 import tritonclient.grpc as triton
 
-from talksplat.server import STUB, Server
+from talksplat.server import STUB
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _name(process: psutil.Process) -> str:
 
 
 @dataclass(frozen=True)
-class Batching:
+class Model:
     """What Triton's statistics say about a model between two moments; milliseconds are those of an inference."""
 
     inferences: int
@@ -96,7 +96,7 @@ def statistics(url: str) -> Statistics:
     }
 
 
-def batching(before: Statistics, after: Statistics) -> dict[str, Batching]:
+def batching(before: Statistics, after: Statistics) -> dict[str, Model]:
     """By model, of those that were asked meanwhile."""
     found = {}
     for name, counters in after.items():
@@ -104,21 +104,25 @@ def batching(before: Statistics, after: Statistics) -> dict[str, Batching]:
             b - a for a, b in zip(before.get(name, (0,) * len(counters)), counters, strict=True)
         )
         if requests > 0:
-            found[name] = Batching(inferences, executions, *(each / requests / 1e6 for each in ns))
+            found[name] = Model(inferences, executions, *(each / requests / 1e6 for each in ns))
     return found
 
 
 class Watch:
-    """Looks at a server each time it is called: first as something begins, last as it ends."""
+    """Looks at a server each time it is called: first as something begins, last as it ends.
 
-    def __init__(self, server: Server) -> None:
-        assert server.pid is not None
-        self._pid, self._url = server.pid, server.grpc_url
+    Args:
+        pid: of its process, which may have children.
+        url: of Triton's gRPC; None where there are no such statistics.
+    """
+
+    def __init__(self, pid: int, url: str | None = None) -> None:
+        self._pid, self._url = pid, url
         self._moments: list[tuple[Usage, Statistics]] = []
 
     def __call__(self) -> None:
         """Look."""
-        self._moments.append((Usage.of(self._pid), statistics(self._url)))
+        self._moments.append((Usage.of(self._pid), {} if self._url is None else statistics(self._url)))
 
     @property
     def cpu_seconds(self) -> dict[str, float]:
@@ -131,6 +135,6 @@ class Watch:
         return self._moments[-1][0].rss_bytes
 
     @property
-    def batching(self) -> dict[str, Batching]:
+    def models(self) -> dict[str, Model]:
         """Of each model in between."""
         return batching(self._moments[0][1], self._moments[-1][1])

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -43,8 +43,23 @@ def commit() -> str:
         return "unknown"
 
 
-def report(name: str, rows: Sequence[Row], json_path: Path | None) -> None:
-    """Print ``rows`` as a table and, where a path is given, write them as JSON."""
+def report(
+    name: str, rows: Sequence[Row], json_path: Path | None, further: Mapping[str, Sequence[Row]] | None = None
+) -> None:
+    """Print ``rows`` as a table, and ``further`` ones by title; where a path is given, write all as JSON."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a log is not cut to 80 columns
+    console.print(f"{name}: {machine()}", _table(rows), highlight=False, sep="\n")
+    for title, others in (further or {}).items():
+        console.print(title, _table(others), highlight=False, sep="\n")
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        document = {"machine": machine(), "commit": commit(), "rows": list(rows), **(further or {})}
+        json_path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _table(rows: Sequence[Row]) -> Table:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
     if len(columns) > WIDEST:  # columns go down and rows across
@@ -53,14 +68,7 @@ def report(name: str, rows: Sequence[Row], json_path: Path | None) -> None:
     table = Table(*(Column(cell, justify="right") for cell in head))
     for line in body:
         table.add_row(*line)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a log is not cut to 80 columns
-    console.print(f"{name}: {machine()}", table, highlight=False, sep="\n")
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        document = {"machine": machine(), "commit": commit(), "rows": list(rows)}
-        json_path.write_text(json.dumps(document, indent=1) + "\n")
+    return table
 
 
 def _cell(value: str | int | float | None) -> str:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scripted_server import ScriptedServer, inputs
 from tritonclient.grpc import service_pb2
 
+from loadtests import streams
 from loadtests.slo import CHUNK_SECONDS, Summary, due
 from loadtests.streams import JPEG_BEGINS, SILENCE, Ask, Generator, Load, Triton, schedule, windows
 from talksplat import clock
@@ -31,11 +32,11 @@ loads = st.builds(
 
 @given(loads)
 def test_a_schedule_is_fixed_in_advance_and_carries_every_viewer_in_real_time(load: Load) -> None:
-    streams = schedule(load)
-    assert streams == schedule(load)
+    planned = schedule(load)
+    assert planned == schedule(load)
     middle = load.warm_up_seconds + load.seconds / 2
     asked: dict[int, list[float]] = {viewer: [] for viewer in range(load.streams)}
-    for stream in streams:
+    for stream in planned:
         asked[stream.viewer] += [due(stream.start, chunk) for chunk in range(stream.chunks)]
     end = load.warm_up_seconds + load.seconds
     for times in asked.values():
@@ -46,11 +47,11 @@ def test_a_schedule_is_fixed_in_advance_and_carries_every_viewer_in_real_time(lo
 
 @given(loads)
 def test_a_viewers_frame_index_goes_on_and_avatars_are_mixed(load: Load) -> None:
-    streams = schedule(load)
+    planned = schedule(load)
     for viewer in range(load.streams):
-        own = [stream for stream in streams if stream.viewer == viewer]
+        own = [stream for stream in planned if stream.viewer == viewer]
         assert [stream.first_frame_index for stream in own] == [4 * load.chunks * n for n in range(len(own))]
-    assert {stream.avatar for stream in streams} == set(load.avatars[: load.streams])
+    assert {stream.avatar for stream in planned} == set(load.avatars[: load.streams])
 
 
 def test_a_load_of_nothing_is_refused() -> None:
@@ -99,6 +100,11 @@ class _JpegServer(ScriptedServer):
     def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.headers.append(dict(context.invocation_metadata()))
         return super().ModelInfer(request, context)
+
+
+@pytest.fixture(autouse=True)
+def _no_long_lead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "LEAD_SECONDS", 0.2)
 
 
 @pytest.fixture(scope="module")

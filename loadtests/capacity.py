@@ -1,0 +1,486 @@
+"""How many live avatars this machine carries, what they cost, and what else is known of its throughput.
+
+``rows``: streams of 25 frames a second in real time, mixed over four avatars, more and more of them until the SLO of
+`loadtests.slo` breaks; then the largest number that held is confirmed by a longer run, or the next smaller one is. A
+step that breaks is run once more before it counts, since a virtual machine hiccups; both runs are in the table. The
+same with the plain server of `loadtests.plain` (``plain``), driven by the same generator. Then, each in a table:
+flat-out frames per second, what a stream costs beside others, alone, silent and idle, what loaded avatars cost while
+nobody speaks, preloads under load, a thousand switches of avatars, and how much of a second core the second processor
+is. The generator runs on the same machine; its own share stands in every row. ``capacity.png`` draws the curves.
+
+    python -m loadtests.capacity --json bench/capacity.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import tritonclient.grpc as triton
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from loadtests.cast import cast, crowd
+from loadtests.plain import PlainServer
+from loadtests.slo import Slo, Summary
+from loadtests.streams import Generator, Kind, Load, Target, Triton
+from loadtests.usage import Model, Usage, Watch
+from talksplat import avatar as bundle
+from talksplat import clock, splat
+from talksplat.animator import Options
+from talksplat.bench._report import Row, report
+from talksplat.bench.preload import operate
+from talksplat.server import ROOT, Ports, Server
+
+SPEECH = ROOT / "demo" / "speech.wav"
+TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds, in which the kernel counts processor time
+MODELS = ("audio_encoder", "rasterizer")  # whose batch sizes are reported
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long everything takes; the default is eight minutes."""
+
+    sizes: tuple[tuple[int, int, int], ...] = ((512, 4, 1), (256, 8, 2))  # pixels, step and resolution of the search
+    step_seconds: float = 9.0
+    confirm_seconds: float = 25.0
+    flat_out: tuple[int, ...] = (1, 8)  # streams
+    flat_out_seconds: float = 5.0
+    at_rest: int = 8  # streams that are idle, silent or speaking
+    crowd: int = 100  # further avatars on disk
+    still_seconds: float = 4.0  # of a server that nobody asks for anything
+    preloads: int = 10  # under load, one a second
+    switches: int = 1000
+    chunks: int = 25  # of a stream
+    kernel_seconds: float = 2.0
+
+
+QUICK = Plan(
+    sizes=((64, 1, 1),),
+    step_seconds=0.5,
+    confirm_seconds=0.5,
+    flat_out=(1,),
+    flat_out_seconds=0.5,
+    at_rest=1,
+    crowd=3,
+    still_seconds=0.2,
+    preloads=1,
+    switches=4,
+    chunks=3,
+    kernel_seconds=0.2,
+)
+QUICK_STREAMS = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and report; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m loadtests.capacity", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write everything there, and a plot beside it as .png"
+    )
+    parser.add_argument("--avatar", type=Path, default=ROOT / "avatars" / "ava", help="bundle; default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="everything once and too short to mean anything")
+    arguments = parser.parse_args(argv)
+    plan, most = (QUICK, QUICK_STREAMS) if arguments.quick else (Plan(), sys.maxsize)
+    with tempfile.TemporaryDirectory(prefix="talksplat-capacity-") as folder:
+        avatars = cast(arguments.avatar, Path(folder), 4)
+        extras = crowd(Path(folder) / avatars[0], Path(folder), plan.crowd)
+        rows, further = measure(plan, Path(folder), avatars, extras, most)
+    report("capacity", rows, arguments.json, further)
+    if arguments.json is not None:
+        plot(rows, further["plain"], arguments.json.with_suffix(".png"))
+    return 0
+
+
+def measure(
+    plan: Plan, folder: Path, avatars: Sequence[str], extras: Sequence[str], most: int = sys.maxsize
+) -> tuple[list[Row], dict[str, list[Row]]]:
+    """The rows, and the further tables by name."""
+    rows: list[Row] = []
+    further: dict[str, list[Row]] = {"largest": [], "flat_out": [], "plain": []}
+    with Generator() as generator:
+        processors = second_processor(folder, avatars[0], plan)
+        with Server(avatars=folder, ports=Ports.free()) as server:
+            assert server.pid is not None
+            bench = Bench(generator, Triton(server.grpc_url), server.pid, tuple(avatars), plan, server, most)
+            further["avatars_at_rest"] = bench.avatars_at_rest(extras)
+            held = bench.search(rows)
+            further["flat_out"] += bench.flat_out()
+            further["cost"] = bench.cost(held)
+            further["preload_under_load"] = bench.preload_under_load(extras, held)
+            further["switches"] = bench.switches(extras)
+        with PlainServer(folder) as plain:
+            bench = Bench(generator, plain.target, plain.pid, tuple(avatars), plan, most=most)
+            plainly = bench.search(further["plain"])
+            further["flat_out"] += bench.flat_out()
+    further["second_processor"] = [processors, second_processor(folder, avatars[0], plan)]
+    further["largest"] = list(_largest(rows, further, held, plainly))
+    return rows, further
+
+
+def largest(holds: Callable[[int], bool], stride: int, resolution: int, most: int = sys.maxsize) -> int:
+    """The largest number that holds: 1, then in strides until one breaks, then in between down to the resolution.
+
+    0 where not even 1 holds.
+    """
+    if not holds(1):
+        return 0
+    good, bad = 1, None
+    for number in itertools.count(stride, stride):
+        if number > most:
+            break
+        if number > good:
+            if not holds(number):
+                bad = number
+                break
+            good = number
+    while bad is not None and bad - good > resolution:
+        middle = (good + bad) // 2
+        if holds(middle):
+            good = middle
+        else:
+            bad = middle
+    return good
+
+
+@dataclass
+class Bench:
+    """One server under measurement."""
+
+    generator: Generator
+    target: Target
+    pid: int
+    avatars: tuple[str, ...]
+    plan: Plan
+    server: Server | None = None  # with Triton's statistics; None: the plain one
+    most: int = sys.maxsize  # streams that the search goes to
+
+    @property
+    def name(self) -> str:
+        """Of the server, in tables."""
+        return "talksplat" if self.server is not None else "plain"
+
+    def search(self, rows: list[Row]) -> dict[int, int]:
+        """Streams that hold, confirmed, by size; every run becomes a row."""
+        held = {}
+        for size, stride, resolution in self.plan.sizes:
+
+            def holds(streams: int, seconds: float = self.plan.step_seconds, size: int = size) -> bool:
+                for _ in range(2):
+                    row = self.paced(size, streams, seconds)
+                    rows.append(row)
+                    if row["slo_ok"]:
+                        return True
+                return False
+
+            found = largest(holds, stride, resolution, self.most)
+            while found and not holds(found, self.plan.confirm_seconds):
+                found -= min(found, resolution)
+            held[size] = found
+        return held
+
+    def paced(self, size: int, streams: int, seconds: float, kind: Kind = "speaking") -> Row:
+        """One run in real time, as a row."""
+        load = self._load(size, streams, seconds, kind)
+        watch = Watch(self.pid, self.server.grpc_url if self.server is not None else None)
+        seen = self.generator.paced(self.target, load, watch)
+        cpu = max(TICK, sum(watch.cpu_seconds.values()))
+        lost = sum(map(len, seen.failed_ms.values()))
+        summary = Summary.of(seen.playouts)
+        stream_seconds = streams * seconds
+        print(f"{self.name}: {size}, {streams} streams {kind}: {', '.join(summary.broken()) or 'holds'}", flush=True)
+        return {
+            "size": size,
+            "streams": streams,
+            "first_frame_p95_ms": summary.row()["first_frame_p95_ms"],
+            "deadline_miss_pct": summary.deadline_miss_pct,
+            "frames_per_s": seen.frames_per_s,
+            "slo_ok": summary.ok(),
+            "seconds": seconds,
+            **{name: value for name, value in summary.row().items() if name not in ("streams", "frames")},
+            "failed_chunks": lost,
+            "server_cpu_s_per_stream_s": cpu / stream_seconds,
+            "generator_cpu_s_per_stream_s": seen.cpu_seconds / stream_seconds,
+            "generator_cpu_share_pct": 100 * seen.cpu_seconds / (seen.cpu_seconds + cpu),
+            "generator_lag_p99_ms": seen.lag_p99_ms,
+            "frames_per_server_cpu_s": seen.frames_per_s * seconds / cpu,
+            "cores_busy": (seen.cpu_seconds + cpu) / seconds,
+            "rss_mb": watch.rss_bytes / 1e6,
+            **_batches(watch.models),
+        }
+
+    def flat_out(self) -> list[Row]:
+        """Closed loops: every stream as fast as it is answered."""
+        return [
+            self._flat_out(size, streams)
+            for (size, _, _), streams in itertools.product(self.plan.sizes, self.plan.flat_out)
+        ]
+
+    def _flat_out(self, size: int, streams: int) -> Row:
+        watch = Watch(self.pid, self.server.grpc_url if self.server is not None else None)
+        load = self._load(size, streams, self.plan.flat_out_seconds)
+        seen = self.generator.flat_out(self.target, load, watch)
+        cpu = max(TICK, sum(watch.cpu_seconds.values()))
+        p50, p95, p99 = np.percentile(seen.chunk_ms, (50, 95, 99), method="higher")
+        return {
+            "server": self.name,
+            "size": size,
+            "streams": streams,
+            "frames_per_s": seen.frames_per_s,
+            "chunk_p50_ms": float(p50),
+            "chunk_p95_ms": float(p95),
+            "chunk_p99_ms": float(p99),
+            "frames_per_server_cpu_s": seen.frames_per_s * seen.seconds / cpu,
+            "generator_cpu_share_pct": 100 * seen.cpu_seconds / (seen.cpu_seconds + cpu),
+            "cores_busy": (seen.cpu_seconds + cpu) / seen.seconds,
+            **_batches(watch.models),
+        }
+
+    def cost(self, held: dict[int, int]) -> list[Row]:
+        """A stream's processor time: one alone, as many as hold, silent, idle for the first time and from then on."""
+        size, streams = self.plan.sizes[0][0], self.plan.at_rest
+        runs: list[tuple[str, int, Kind]] = [
+            ("one alone", 1, "speaking"),
+            ("as many as hold", max(1, held[size]), "speaking"),
+            ("speaking", streams, "speaking"),
+            ("silent", streams, "silent"),
+            ("idle, first time", streams, "idle"),
+            ("idle", streams, "idle"),
+        ]
+        rows: list[Row] = []
+        for what, count, kind in runs:
+            row = self.paced(size, count, self.plan.step_seconds, kind)
+            rows.append({"what": what, **{name: row[name] for name in COST_COLUMNS}})
+        alone, speaking = (float(rows[place]["server_cpu_s_per_stream_s"] or 0) for place in (0, 2))
+        for row in rows:
+            own = float(row["server_cpu_s_per_stream_s"] or 0)
+            row |= {"against_one_alone": own / alone, "against_speaking": own / speaking}
+        return rows
+
+    def avatars_at_rest(self, extras: Sequence[str]) -> list[Row]:
+        """What loaded avatars cost while nobody asks for anything: one of them, and then all."""
+        rows: list[Row] = []
+        with self._client() as client:
+            for count in (1, len(extras)):
+                for avatar in extras[:count]:
+                    operate(client, "preload", avatar)
+                before = Usage.of(self.pid)
+                time.sleep(self.plan.still_seconds)
+                after = Usage.of(self.pid)
+                rows.append(
+                    {
+                        "avatars_loaded": count,
+                        "rss_mb": after.rss_bytes / 1e6,
+                        "cores_busy": (after.total - before.total) / self.plan.still_seconds,
+                    }
+                )
+            for avatar in extras:
+                operate(client, "unload", avatar)
+        return rows
+
+    def preload_under_load(self, extras: Sequence[str], held: dict[int, int]) -> list[Row]:
+        """Streams at 60 % of what holds, without and with an avatar that is read anew every second."""
+        size = self.plan.sizes[0][0]
+        streams = max(1, int(0.6 * held[size]))
+        rows: list[Row] = []
+        for preloads in (0, self.plan.preloads):
+            with self._preloading(extras, preloads) as taken:
+                row = self.paced(size, streams, self.plan.step_seconds)
+            chosen = ("streams", "chunk_p50_ms", "chunk_p95_ms", "chunk_p99_ms", "deadline_miss_pct")
+            rows.append(
+                {
+                    "preloads": len(taken),
+                    **{name: row[name] for name in chosen},
+                    "preload_p50_ms": float(np.median(taken)) if taken else None,
+                    "preload_most_ms": max(taken, default=None),
+                }
+            )
+        without, beside = (float(row["chunk_p99_ms"] or 0) for row in rows)
+        rows[1]["p99_ratio"] = beside / without
+        return rows
+
+    @contextmanager
+    def _preloading(self, extras: Sequence[str], preloads: int) -> Iterator[list[float]]:
+        """Meanwhile that many of the extras are preloaded, one a second; their milliseconds."""
+        taken: list[float] = []
+        over = threading.Event()
+
+        def run() -> None:
+            with self._client() as client:
+                for number in range(preloads):
+                    avatar = extras[number % len(extras)]
+                    operate(client, "unload", avatar)
+                    taken.append(operate(client, "preload", avatar))
+                    if over.wait(1.0):
+                        return
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield taken
+        finally:
+            over.set()
+            thread.join()
+
+    def switches(self, extras: Sequence[str]) -> list[Row]:
+        """Memory before and after many switches: each forgets an avatar, loads the next one and draws a chunk of it."""
+        load = self._load(self.plan.sizes[-1][0], 1, 1.0)
+        rows: list[Row] = []
+        warm_up = self.plan.switches // 5
+        with self._client() as client:
+            for done in range(warm_up + self.plan.switches + 1):
+                if done in (warm_up, warm_up + self.plan.switches):
+                    rows.append({"switches": done - warm_up, "rss_mb": Usage.of(self.pid).rss_bytes / 1e6})
+                avatar = extras[done % len(extras)]
+                operate(client, "unload", extras[done % len(extras) - 1])
+                _animate(client, avatar, load.size, done)
+        growth = float(rows[1]["rss_mb"] or 0) / float(rows[0]["rss_mb"] or 1) - 1
+        rows[1]["growth_pct"] = 100 * growth
+        return rows
+
+    def _client(self) -> triton.InferenceServerClient:
+        assert self.server is not None
+        return triton.InferenceServerClient(self.server.grpc_url)
+
+    def _load(self, size: int, streams: int, seconds: float, kind: Kind = "speaking") -> Load:
+        return Load(streams, self.avatars, size, seconds, (kind,), SPEECH, self.plan.chunks)
+
+
+COST_COLUMNS = ("streams", "server_cpu_s_per_stream_s", "generator_cpu_s_per_stream_s", "chunk_p50_ms", "chunk_p99_ms")
+
+
+def _batches(models: dict[str, Model]) -> Row:
+    """Inferences an execution."""
+    return {f"batch_{name}": models[name].batch for name in MODELS if name in models}
+
+
+def _animate(client: triton.InferenceServerClient, avatar: str, size: int, number: int) -> None:
+    audio = np.zeros((1, clock.WINDOW), np.float32)
+    name = np.array([[avatar.encode()]], np.object_)
+    index = np.array([[number * clock.CHUNK_FRAMES]], np.int64)
+    inputs = [
+        triton.InferInput("AUDIO", audio.shape, "FP32").set_data_from_numpy(audio),
+        triton.InferInput("AVATAR", name.shape, "BYTES").set_data_from_numpy(name),
+        triton.InferInput("FRAME_INDEX", index.shape, "INT64").set_data_from_numpy(index),
+    ]
+    client.infer("animate", inputs, parameters={"size": size})
+
+
+def second_processor(folder: Path, avatar: str, plan: Plan) -> Row:
+    """Frames a second of the rasterizer and the JPEG encoder: in one process, and in as many as there are processors.
+
+    Nothing is shared between them, so what is missing to twice as much is the machine's.
+    """
+    count = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as processes:
+        list(
+            processes.map(
+                _frames_per_s, [folder] * count, [avatar] * count, [time.monotonic() + 1] * count, [0.0] * count
+            )
+        )
+        one = processes.submit(_frames_per_s, folder, avatar, time.monotonic(), plan.kernel_seconds).result()
+        begin = time.monotonic() + 0.5
+        runs = [processes.submit(_frames_per_s, folder, avatar, begin, plan.kernel_seconds) for _ in range(count)]
+        together = sum(run.result() for run in runs)
+    return {
+        "processors": count,
+        "one_process_frames_per_s": one,
+        "all_together_frames_per_s": together,
+        "worth_of_processors": together / one,
+    }
+
+
+def _frames_per_s(folder: Path, avatar_id: str, begin: float, seconds: float) -> float:
+    avatar = bundle.read(folder, avatar_id)
+    shapes = splat.Blendshapes(avatar.canonical, avatar.bases, avatar.basis_scales)
+    weights = np.random.default_rng(0).normal(0, 0.5, (clock.FPS, shapes.rank)).astype(np.float32)
+    plate = simplejpeg.decode_jpeg(avatar.plates[0], "RGB")
+    out = np.empty_like(plate)
+    time.sleep(max(0.0, begin - time.monotonic()))
+    frames, end = 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        job = splat.Job(shapes, weights[frames % clock.FPS], avatar.viewmats[0], avatar.K, plate, out)
+        splat.render_onto([job], threads=1)
+        simplejpeg.encode_jpeg(out, Options().quality, "RGB", "420", fastdct=True)
+        frames += 1
+    return frames / seconds if seconds else 0.0
+
+
+def _largest(
+    rows: Sequence[Row], further: dict[str, list[Row]], held: dict[int, int], plainly: dict[int, int]
+) -> Iterator[Row]:
+    """What it comes to, by size."""
+    for size in held:
+        fastest = {
+            name: max(
+                (
+                    float(row["frames_per_s"] or 0)
+                    for row in further["flat_out"]
+                    if (row["server"], row["size"]) == (name, size)
+                ),
+                default=0.0,
+            )
+            for name in ("talksplat", "plain")
+        }
+        yield {
+            "size": size,
+            "streams": held[size],
+            "plain_streams": plainly[size],
+            "streams_ratio": held[size] / plainly[size] if plainly[size] else None,
+            "flat_out_frames_per_s": fastest["talksplat"],
+            "plain_flat_out_frames_per_s": fastest["plain"],
+            "flat_out_ratio": fastest["talksplat"] / fastest["plain"] if fastest["plain"] else None,
+        }
+
+
+def plot(rows: Sequence[Row], plain: Sequence[Row], path: Path) -> None:
+    """The curves: milliseconds and misses by the number of streams, ours drawn through, the plain server's dashed."""
+    sizes = list(dict.fromkeys(int(row["size"] or 0) for row in rows))
+    figure = Figure(figsize=(6 * len(sizes), 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(sizes), sharex="col", squeeze=False)
+    for (upper, lower), size in zip(axes.T, sizes, strict=True):
+        for server, runs, style in (("talksplat", rows, "-"), ("plain", plain, "--")):
+            best: dict[int, Row] = {}  # of a number that was run more than once, the longest run and of those the last
+            for row in runs:
+                streams = int(row["streams"] or 0)
+                if row["size"] == size and float(row["seconds"] or 0) >= float(best.get(streams, row)["seconds"] or 0):
+                    best[streams] = row
+            counts = sorted(best)
+            for column, color in (("chunk_p50_ms", "C0"), ("chunk_p95_ms", "C1"), ("chunk_p99_ms", "C2")):
+                values = [best[count][column] for count in counts]
+                label = f"{server}, {column.removesuffix('_ms').replace('_', ' ')}"
+                upper.plot(counts, values, style, color=color, marker=".", label=label)
+            upper.plot(counts, [best[c]["first_frame_p95_ms"] for c in counts], style, color="0.5", marker=".",
+                       label=f"{server}, first frame p95")  # fmt: skip
+            misses = [best[count]["deadline_miss_pct"] for count in counts]
+            lower.plot(counts, misses, style, color="C3", marker=".", label=server)
+        upper.axhline(Slo().first_frame_p95_ms, color="0.8")
+        lower.axhline(Slo().deadline_miss_pct, color="0.8")
+        upper.set(
+            yscale="log", title=f"{size} x {size}, from when a chunk was due until its frames were here", ylabel="ms"
+        )
+        lower.set(xlabel="streams of 25 frames/s", ylabel="frames that missed the playout, %")
+        lower.set_yscale("symlog", linthresh=1)
+        for each in (upper, lower):
+            each.grid(alpha=0.3)
+            each.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
