@@ -89,5 +89,6 @@ $(VENV)/.installed: $(PROJECTS) $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation -e '.[load]'
-	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout hypothesis espeakng-loader kubernetes-validate opentelemetry-proto PyYAML
+	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout hypothesis espeakng-loader \
+	  grafana-foundation-sdk kubernetes-validate opentelemetry-proto PyYAML
 	@touch $@
