@@ -67,6 +67,12 @@ bench-recordings: models  ## the benchmarks that need recordings, in RECORDINGS
 	    --json bench/compare.json --picture bench/compare.jpg; \
 	else echo "No recordings in $(RECORDINGS): asr, quality, robustness and compare are left out (RECORDINGS=... names the folder)."; fi
 
+USERS ?= 4
+.PHONY: loadtest
+loadtest: models $(VENV)/.dev  ## locust: USERS viewers in conversation for a minute; the exit code says whether the SLO held
+	@$(BIN)/python -m loadtests --users $(USERS) --spawn-rate 2 --run-time 60s --only-summary \
+	  --csv bench/loadtest --html bench/loadtest.html --curve bench/loadtest.png
+
 .PHONY: models
 models: $(VENV)/.installed  ## export every model that is missing or stale into model_repository/
 	@$(BIN)/talksplat-export models

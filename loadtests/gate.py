@@ -194,11 +194,12 @@ class Figures:
         return count / seconds if seconds else 0.0
 
     def generator_pct(self, levels: Sequence[Level] | None = None) -> float:
-        """Processor time of the busiest generator, of one core; None of it, if no report lies inside ``levels``."""
+        """Processor time of the busiest generator, of one core."""
         used: defaultdict[str, float] = defaultdict(float)
         lasted: defaultdict[str, float] = defaultdict(float)
         for share in self.shares:
-            if levels is None or any(each.holds(share.begin, share.end) for each in levels):
+            middle = (share.begin + share.end) / 2
+            if levels is None or any(each.holds(middle, middle) for each in levels):
                 used[share.generator] += share.processor_seconds
                 lasted[share.generator] += share.end - share.begin
         return max((100 * used[each] / lasted[each] for each in used if lasted[each]), default=0.0)

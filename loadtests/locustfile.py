@@ -27,10 +27,27 @@ __all__ = ["ConversationUser", "FlatOutUser", "IdleUser", "SpeakerUser"]  # locu
 grpc.experimental.gevent.init_gevent()  # before any channel is made; without it the first call stops all users
 
 KEY = "talksplat"  # of a worker's report to its master
+SPAWN_RATE = 10  # users a second that a shape starts, without --spawn-rate
 WATCH_SECONDS = 0.1  # between two looks at the number of users
 
 figures = Figures()  # of all machines; empty on a worker
 exit_code: int | None = None
+
+
+class Shape(locust.LoadTestShape):
+    """The one that ``--shape`` names."""
+
+    abstract = True  # so that locust does not take it unasked
+
+    def __init__(self, options: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._options = options
+
+    def tick(self) -> tuple[int, float] | None:
+        """Users there should be, and how many of them start or stop a second."""
+        seconds: float = self.get_run_time()  # type: ignore[no-untyped-call]
+        users = SHAPES[self._options.shape](seconds, self._options)
+        return None if users is None else (users, self._options.spawn_rate or SPAWN_RATE)
 
 
 def add_options(parser: Any) -> None:
@@ -59,9 +76,8 @@ def prepare(environment: Environment, runner: Any, **_: Any) -> None:
         hooks.report_to_master.add_listener(_send)
         return
     if options.shape:
-        shape = SHAPES[options.shape](options)
-        shape.runner = runner
-        environment.shape_class = shape
+        environment.shape_class = Shape(options)
+        environment.shape_class.runner = runner
     hooks.worker_report.add_listener(_receive)
     gevent.spawn(_watch, runner)
 

@@ -11,21 +11,22 @@ import argparse
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from loadtests.__main__ import locust
-from loadtests.users import speech
+from loadtests.conversation import speech
 from talksplat import clock
 from talksplat.bench._report import Row, report
 from talksplat.bench._server import serving
-from talksplat.server import ROOT
+from talksplat.server import ROOT, Server
 
 WHEEL = "tritonclient==2.51.0"  # the last whose perf_analyzer runs on glibc 2.36
 FOLDER = ROOT / "build" / "perf_analyzer"
@@ -33,6 +34,8 @@ LIBRARIES = {
     "libb64.so.0d": "libb64-*.so.0d",
     "libcudart.so.12": "libcudart-*.so.12*",
 }  # name wanted: name in the wheel
+PERCENTILES = ("p50", "p95", "p99")
+TRIALS = 3  # the fewest that perf_analyzer takes
 WINDOWS = 25  # of speech, one after the other, that its requests repeat
 
 
@@ -53,12 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         data.write_text(json.dumps({"data": windows(options.avatar)}))
         for concurrency in options.concurrency:
             theirs = analyze(binary, server.grpc_url, data, concurrency, options.seconds)
-            picture = Path(folder, "curve.png")
-            arguments = ["FlatOutUser", "--avatars", options.avatar, "--only-summary", "--curve", str(picture)]
-            load = ["--users", str(concurrency), "--spawn-rate", "100", "--run-time", f"{options.seconds + 2}s"]
-            if code := locust(server, [*arguments, *load]):
-                sys.exit(f"locust ended with {code}.")
-            rows.append(compared(concurrency, theirs, curve_row(picture.with_suffix(".csv"))))
+            ours = run_locust(server, options.avatar, Path(folder, "curve.png"), concurrency, options.seconds)
+            rows += compared(concurrency, theirs, ours)
     report("perf_analyzer", rows, options.json)
 
 
@@ -90,55 +89,56 @@ def windows(avatar: str) -> list[dict[str, object]]:
     ]
 
 
-def analyze(binary: Path, url: str, data: Path, concurrency: int, seconds: int) -> Row:
-    """Its figures at one concurrency: chunks a second, and latencies in microseconds."""
+def analyze(binary: Path, url: str, data: Path, concurrency: int, seconds: int) -> dict[str, float]:
+    """The columns of perf_analyzer's report: chunks a second, and latencies in microseconds."""
     table = data.with_suffix(".csv")
-    load = ["--concurrency-range", str(concurrency), "--measurement-interval", str(1000 * seconds)]
-    once = ["--max-trials", "1", "--stability-percentage", "999"]  # locust measures once, too
-    command = [str(binary), "-m", "animate", "-i", "grpc", "-u", url, "--input-data", str(data), *load, *once]
+    load = ["--concurrency-range", str(concurrency), "--measurement-interval", str(1000 * seconds // TRIALS)]
+    trials = [
+        "--max-trials",
+        str(TRIALS),
+        "--stability-percentage",
+        "999",
+    ]  # it reports their mean, however they differ
+    command = [str(binary), "-m", "animate", "-i", "grpc", "-u", url, "--input-data", str(data), *load, *trials]
     libraries = os.pathsep.join(filter(None, [str(FOLDER / "lib"), os.environ.get("LD_LIBRARY_PATH")]))
-    run = subprocess.run(
-        [*command, "-f", str(table)],
-        env=os.environ | {"LD_LIBRARY_PATH": libraries},
-        capture_output=True,
-        text=True,
-        timeout=10 * seconds + 60,
-    )
-    if run.returncode or not table.is_file():
-        sys.exit(f"perf_analyzer ended with {run.returncode}:\n{run.stdout}{run.stderr}")
-    return curve_row(table)
+    _run([*command, "-f", str(table)], seconds, os.environ | {"LD_LIBRARY_PATH": libraries})
+    return only_row(table)
 
 
-def curve_row(table: Path) -> Row:
-    """The only row of a CSV file; its numbers as such."""
+def run_locust(server: Server, avatar: str, curve: Path, concurrency: int, seconds: int) -> dict[str, float]:
+    """The columns of the curve that locust writes, with its one number of users."""
+    load = ["--users", str(concurrency), "--spawn-rate", "100", "--run-time", f"{seconds}s", "--curve", str(curve)]
+    _run(locust(server, "FlatOutUser", "--avatars", avatar, *load), seconds, os.environ)
+    return only_row(curve.with_suffix(".csv"))
+
+
+def only_row(table: Path) -> dict[str, float]:
+    """Of a CSV file; its numbers."""
     with table.open() as file:
         [row] = csv.DictReader(file)
-    return {key: _number(value) for key, value in row.items()}
+    return {key: float(value) for key, value in row.items() if re.fullmatch(r"[\d.]+(e[-+]?\d+)?", value)}
 
 
-def compared(concurrency: int, theirs: Row, ours: Row) -> Row:
-    """One row of the table."""
-
-    def of(row: Row, column: str, scale: float = 1.0) -> float:
-        value = row[column]
-        assert isinstance(value, float), f"{column} is {value!r}"
-        return value * scale
-
-    their_rate, our_rate = of(theirs, "Inferences/Second", clock.CHUNK_FRAMES), of(ours, "frames_per_s")
-    row: Row = {"concurrency": concurrency, "perf_analyzer_frames_per_s": their_rate, "locust_frames_per_s": our_rate}
-    row["locust_to_perf_analyzer"] = our_rate / their_rate
-    for percentile in ("p50", "p95", "p99"):
-        row[f"perf_analyzer_{percentile}_ms"] = of(theirs, f"{percentile} latency", 1e-3)
-        row[f"locust_{percentile}_ms"] = of(ours, f"chunk_{percentile}_ms")
-    row["locust_generator_pct"] = of(ours, "generator_pct")
-    return row
+def compared(concurrency: int, theirs: dict[str, float], ours: dict[str, float]) -> list[Row]:
+    """One row of each."""
+    their_rate = clock.CHUNK_FRAMES * theirs["Inferences/Second"]
+    rows: list[Row] = []
+    for tool, rate, columns in (
+        ("perf_analyzer", their_rate, {f"chunk_{each}_ms": theirs[f"{each} latency"] / 1e3 for each in PERCENTILES}),
+        ("locust", ours["frames_per_s"], {f"chunk_{each}_ms": ours[f"chunk_{each}_ms"] for each in PERCENTILES}),
+    ):
+        row: Row = {"concurrency": concurrency, "tool": tool, "frames_per_s": rate, "rate_ratio": rate / their_rate}
+        row.update(columns)
+        rows.append(row)
+    rows[-1]["generator_pct"] = ours["generator_pct"]
+    return rows
 
 
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _run(command: Sequence[str], seconds: int, environment: Mapping[str, str]) -> None:
+    limit = 10 * seconds + 60  # perf_analyzer can wait for a measurement without end
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+    if run.returncode:
+        sys.exit(f"{Path(command[0]).name} ended with {run.returncode}:\n{run.stdout}{run.stderr}")
 
 
 if __name__ == "__main__":

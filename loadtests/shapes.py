@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
-from locust import LoadTestShape
+from collections.abc import Callable
+from typing import Protocol
 
 SPIKE_FACTOR = 3
+DEFAULT_SECONDS = 60  # without --run-time
 
 
 def step(seconds: float, users: int, step_users: int, step_seconds: float) -> int | None:
@@ -24,36 +24,17 @@ def spike(seconds: float, users: int, run_seconds: float) -> int | None:
     return SPIKE_FACTOR * users if run_seconds <= 3 * seconds < 2 * run_seconds else users
 
 
-class Step(LoadTestShape):
-    """``--users`` is the last step; ``--step-users`` and ``--step-time`` say how it is reached."""
+class Options(Protocol):
+    """Of locust's command line: its own and those of `loadtests.locustfile`."""
 
-    abstract = True  # chosen by --shape, see locustfile.py
-
-    def __init__(self, options: Any) -> None:
-        super().__init__()
-        self._options = options
-
-    def tick(self) -> tuple[int, float] | None:
-        """Users, and how many of them start a second."""
-        options = self._options
-        users = step(self.get_run_time(), options.num_users or 1, options.step_users, options.step_time)
-        return None if users is None else (users, options.spawn_rate or options.step_users)
+    num_users: int | None
+    run_time: int | None  # s
+    step_users: int
+    step_time: float  # s
 
 
-class Spike(LoadTestShape):
-    """``--users`` before and after the spike, all of it in ``--run-time``."""
-
-    abstract = True
-
-    def __init__(self, options: Any) -> None:
-        super().__init__()
-        self._options = options
-
-    def tick(self) -> tuple[int, float] | None:
-        """Users, and how many of them start a second."""
-        options = self._options
-        users = spike(self.get_run_time(), options.num_users or 1, options.run_time or 60)
-        return None if users is None else (users, options.spawn_rate or SPIKE_FACTOR * (options.num_users or 1))
-
-
-SHAPES: dict[str, type[Step] | type[Spike]] = {"step": Step, "spike": Spike}
+# Users at a time since the start; None when it is over.
+SHAPES: dict[str, Callable[[float, Options], int | None]] = {
+    "step": lambda seconds, given: step(seconds, given.num_users or 1, given.step_users, given.step_time),
+    "spike": lambda seconds, given: spike(seconds, given.num_users or 1, given.run_time or DEFAULT_SECONDS),
+}

@@ -14,41 +14,31 @@ chunk, flat out        from one chunk's frames to the next one's, asked for as s
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
 import os
 import random
 import re
-import threading
 import time
-import wave
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
-import simplejpeg
 from locust import User, tag, task
 
 import talksplat_client
 from loadtests import slo
+from loadtests.conversation import Samples, Voice, chunks, endless, pause_seconds, samples, speech, turn_seconds
+from loadtests.faces import Faces
 from loadtests.gate import TALLY, Failure, Kind, Stretch
 from talksplat import clock
 from talksplat.server import HOST, Ports
 from talksplat_client import Frame, Limits, OverloadedError, Stream, StreamState, TalksplatError, Tls
+from talksplat_client.cli import API_KEY
 
-Samples = npt.NDArray[np.float32]
-
-SPEECH = Path(__file__).resolve().parent.parent / "demo" / "speech.wav"
-PACKET = clock.SAMPLES_PER_FRAME  # of live sound; every request is due at the end of one
 STRETCH_CHUNKS = 12  # after which a flat-out user reports
 DEADLINE = slo.Slo().first_frame_p95_ms / 1e3  # seconds after which a viewer has no use for a chunk
 RETRY_SECONDS = 1.0  # after a failure, where the server does not say when
 BARGE_IN_SHARE = 0.2  # of all utterances
-API_KEY = "TALKSPLAT_API_KEY"  # environment variable: command lines are seen by everybody
 
 # Of the first chunk of a stretch, and of the others.
 NAMES: dict[Kind, tuple[str, str]] = {
@@ -56,70 +46,6 @@ NAMES: dict[Kind, tuple[str, str]] = {
     "idle": ("idle chunk", "idle chunk"),
     "flat out": ("chunk, flat out", "chunk, flat out"),
 }
-
-
-def turn_seconds(rng: random.Random) -> float:
-    """How long somebody speaks: 3.5 s as often more as less, a sentence or three, 0.8 to 11 s."""
-    return min(max(rng.lognormvariate(math.log(3.5), 0.6), 0.8), 11.0)
-
-
-def pause_seconds(rng: random.Random) -> float:
-    """How long somebody listens: 2 s as often more as less, 0.3 to 10 s."""
-    return min(max(rng.lognormvariate(math.log(2.0), 0.7), 0.3), 10.0)
-
-
-def chunks(seconds: float) -> int:
-    """So many chunks are nearest to that."""
-    return max(1, round(seconds / slo.CHUNK_SECONDS))
-
-
-class Voice:
-    """Speech while it is being said: no sample is given before its time. Then silence, until `hush`.
-
-    Args:
-        samples: [T] at `clock.SAMPLE_RATE`.
-        start: when the first sample sounds, on `time.perf_counter`.
-    """
-
-    def __init__(self, samples: Samples, start: float) -> None:
-        self._samples = samples
-        self._start = start
-        self._hushed = threading.Event()
-        self.late = 0.0  # seconds that a packet was given after its time, at the worst
-
-    def __iter__(self) -> Iterator[Samples]:
-        for begin in range(0, len(self._samples), PACKET):
-            said = self._start + (begin + PACKET) / clock.SAMPLE_RATE
-            if self._hushed.wait(max(0.0, said - time.perf_counter())):
-                return
-            self.late = max(self.late, time.perf_counter() - said)
-            yield self._samples[begin : begin + PACKET]
-        self._hushed.wait(2 * DEADLINE)  # the last chunk may have been dropped, and nothing would end the stream
-
-    def hush(self) -> None:
-        """Say no more."""
-        self._hushed.set()
-
-
-class Faces:
-    """Whose face is it? Told by a picture of 8 x 8 colours, so only of avatars that look different enough."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, npt.NDArray[np.float32]] = {}
-
-    def is_foreign(self, avatar: str, jpeg: bytes) -> bool:
-        """Whether it is much more like another avatar's first frame than like this one's."""
-        seen = _thumbnail(jpeg)
-        own = np.abs(seen - self._known.setdefault(avatar, seen)).mean()
-        others = (np.abs(seen - face).mean() for other, face in self._known.items() if other != avatar)
-        return any(2 * distance < own for distance in others)
-
-
-def _thumbnail(jpeg: bytes) -> npt.NDArray[np.float32]:  # [8, 8, 3]
-    pixels = simplejpeg.decode_jpeg(jpeg, min_height=64, min_width=64, min_factor=8)
-    side = min(pixels.shape[:2]) // 8
-    blocks = pixels[: 8 * side, : 8 * side].reshape(8, side, 8, side, 3)
-    return np.asarray(blocks.mean(axis=(1, 3)), np.float32)
 
 
 def connect(host: str, ca: str | None, limits: Limits) -> talksplat_client.Client:
@@ -168,9 +94,9 @@ class AvatarUser(User):
 
     def speak(self, count: int, barge_in: int | None = None) -> float | None:
         """Say something of ``count`` chunks; somebody interrupts soon after so many. When that was."""
-        begin = self.rng.randrange(len(speech()) - _samples(count))
+        begin = self.rng.randrange(len(speech()) - samples(count))
         start = time.perf_counter()
-        voice = Voice(speech()[begin : begin + _samples(count)], start)
+        voice = Voice(speech()[begin : begin + samples(count)], start, 2 * DEADLINE)
         interrupted = None
         with self._stretch("speech", start, barge_in or count) as stretch:
             try:
@@ -201,7 +127,7 @@ class AvatarUser(User):
         """Ask for some chunks, each as soon as the one before it is here."""
         with self._stretch("flat out", time.perf_counter(), STRETCH_CHUNKS) as stretch:
             if self._stream is None:
-                self._stream = self._open(_endless(self.rng))
+                self._stream = self._open(endless(self.rng))
             self._watch(self._stream, stretch, STRETCH_CHUNKS)
 
     def _prepare(self) -> bool:
@@ -373,25 +299,6 @@ class FlatOutUser(AvatarUser):
 
     @tag("flat-out")
     @task
-    def chunks(self) -> None:
+    def some_chunks(self) -> None:
         """The next chunks of a stream without end."""
         self.rush()
-
-
-def _samples(count: int) -> int:
-    """Of so many chunks, with the look-ahead of the last."""
-    return count * clock.CHUNK_SAMPLES + clock.LOOK_AHEAD
-
-
-@functools.cache
-def speech() -> Samples:  # [T] at clock.SAMPLE_RATE
-    """What is said: the sentences that come with the demo, 12 s."""
-    with wave.open(str(SPEECH)) as file:
-        assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (clock.SAMPLE_RATE, 1, 2)
-        return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
-
-
-def _endless(rng: random.Random) -> Iterator[Samples]:
-    """Speech, chunk by chunk, from anywhere on."""
-    for chunk in itertools.count(rng.randrange(len(speech()) // clock.CHUNK_SAMPLES)):
-        yield speech().take(np.arange(clock.CHUNK_SAMPLES) + chunk * clock.CHUNK_SAMPLES, mode="wrap")
