@@ -14,7 +14,7 @@ from rich.console import Console
 
 from talksplat import avatar as bundle
 from talksplat import bench, edge, tenants
-from talksplat.server import HOST, ROOT, Ports, Server, ServerError
+from talksplat.server import HOST, ROOT, Ports, Server, ServerError, Trace
 from talksplat.supervisor import Supervisor
 
 
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--metrics-port", type=int, default=default.metrics, help="default: %(default)s")
     up.add_argument("--free-ports", action="store_true", help="take ports that are free instead")
     up.add_argument("--run-dir", type=Path, help="folder of the log; default: runs/PORT beside the repository")
+    _add_tracing(up)
     up.set_defaults(run=_up)
 
     secure = commands.add_parser("secure", help="as up, behind nginx: TLS, API keys, tenants, limits, replicas")
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     secure.add_argument("--certificate", type=Path, metavar="PEM", help="default: a self-signed one in the run dir")
     secure.add_argument("--certificate-key", type=Path, metavar="PEM")
     secure.add_argument("--run-dir", type=Path, help="folder of logs; default: runs/secure beside the repository")
+    _add_tracing(secure)
     secure.set_defaults(run=_secure)
 
     key = commands.add_parser("key", help="make an API key; prints it once, and what to write into the tenants file")
@@ -70,6 +72,23 @@ def _parser() -> argparse.ArgumentParser:
         if not module.name.startswith("_"):
             _add_bench(benches, module.name)
     return parser
+
+
+def _add_tracing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trace", metavar="URL", help="send spans to this collector, such as http://HOST:4318/v1/traces"
+    )
+    parser.add_argument(
+        "--trace-every",
+        type=int,
+        default=Trace.every,
+        metavar="N",
+        help="trace one request in N, and those with a traceparent; default: %(default)s",
+    )
+
+
+def _trace(arguments: argparse.Namespace) -> Trace | None:
+    return Trace(arguments.trace, arguments.trace_every) if arguments.trace else None
 
 
 def _add_bench(benches: argparse._SubParsersAction[argparse.ArgumentParser], name: str) -> None:
@@ -86,7 +105,14 @@ def _up(arguments: argparse.Namespace) -> int:
     if arguments.free_ports:
         ports = Ports.free()
     run_dir = arguments.run_dir or arguments.repository.resolve().parent / "runs" / str(ports.grpc)
-    server = Server(arguments.repository, arguments.avatars, tenants=arguments.tenants, ports=ports, run_dir=run_dir)
+    server = Server(
+        arguments.repository,
+        arguments.avatars,
+        tenants=arguments.tenants,
+        trace=_trace(arguments),
+        ports=ports,
+        run_dir=run_dir,
+    )
     console = Console(highlight=False, soft_wrap=True, markup=False)
 
     def serving() -> None:
@@ -120,7 +146,9 @@ def _secure(arguments: argparse.Namespace) -> int:
     ports = [Ports.free() if arguments.free_ports else Ports.numbered(each) for each in range(arguments.replicas)]
     port = Ports.free().http if arguments.free_ports else arguments.port
     address = edge.Address(certificate, key, arguments.host, port)
-    secure = edge.Secure(arguments.repository, arguments.avatars, file, ports, address, run_dir, console.print)
+    secure = edge.Secure(
+        arguments.repository, arguments.avatars, file, ports, address, run_dir, console.print, _trace(arguments)
+    )
 
     def serving() -> None:
         console.print(f"Serving; Ctrl-C stops it.\n  gRPC and HTTP  {address.url} (TLS, API key)")

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from talksplat import tenants as tenants_module
-from talksplat.server import HOST, ROOT, PortInUseError, Ports, Server, ServerError
+from talksplat.server import HOST, ROOT, PortInUseError, Ports, Server, ServerError, Trace
 from talksplat.supervisor import Supervisor
 from talksplat.tenants import Tenants, TenantsFile
 
@@ -225,6 +225,7 @@ class Secure:
         address: where the edge listens.
         run_dir: keeps all logs.
         say: is told what happens, in sentences; from several threads.
+        trace: where the servers' spans go; None: nothing is traced.
 
     Raises:
         TenantsError: the tenants file can't be used.
@@ -240,13 +241,14 @@ class Secure:
         address: Address,
         run_dir: Path,
         say: Callable[[str], None],
+        trace: Trace | None = None,
     ) -> None:
         self._say = say
         self._edge = Edge(tenants, replicas, address, run_dir / "edge")
         self._supervisors = []
         for number, ports in enumerate(replicas):
             name = f"replica-{number}"
-            server = _Replica(repository, avatars, tenants=tenants, ports=ports, run_dir=run_dir / name)
+            server = _Replica(repository, avatars, tenants=tenants, trace=trace, ports=ports, run_dir=run_dir / name)
             server.edge = self._edge
             self._supervisors.append(Supervisor(server, lambda text, name=name: say(f"{name}: {text}")))  # type: ignore[misc]
         self._serving = 0
