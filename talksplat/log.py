@@ -52,7 +52,7 @@ def configure() -> None:
     if level not in LEVELS:
         raise ValueError(f"{LEVEL_VARIABLE} is {level!r}, expected one of {', '.join(LEVELS)}")
     handler = _Handler()
-    handler.setFormatter(_Formatter())
+    handler.setFormatter(JsonFormatter())
     handler.addFilter(_Limit())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
@@ -70,8 +70,11 @@ class _Handler(logging.Handler):
             self.handleError(record)
 
 
-class _Formatter(logging.Formatter):
+class JsonFormatter(logging.Formatter):
+    """A record as one line."""
+
     def format(self, record: logging.LogRecord) -> str:
+        """Its `Fields` alone; of an exception the type and the place, since its words may be a client's."""
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
             "time": f"{moment}.{int(record.msecs):03}Z",
@@ -79,7 +82,7 @@ class _Formatter(logging.Formatter):
             "event": record.getMessage(),
         }
         line.update((name, vars(record)[name]) for name in _FIELDS if name in vars(record))
-        if record.exc_info and record.exc_info[0]:  # where, but not what it says: that may be a client's
+        if record.exc_info and record.exc_info[0]:
             kind, _, trace = record.exc_info
             while trace and trace.tb_next:
                 trace = trace.tb_next

@@ -123,7 +123,7 @@ class Publisher:
     def __init__(self, page: Page, animator: Animator, restarts: int = 0) -> None:
         self._page = page
         self._animator = animator
-        self._totals: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}  # as published
+        self._published: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
         self._refused = Counter(dict.fromkeys(REFUSALS, 0))
         self._lock = threading.Lock()  # of the counter
         self._count("talksplat_restarts_total", restarts)
@@ -161,7 +161,7 @@ class Publisher:
         for cache, own in counts.caches.items():
             self._count("talksplat_cache_hits_total", own.hits, cache=cache)
             self._count("talksplat_cache_misses_total", own.misses, cache=cache)
-            self._page.set("talksplat_cache_bytes", own.bytes, cache=cache)
+            self._gauge("talksplat_cache_bytes", own.bytes, cache=cache)
         with self._lock:
             refused = dict(self._refused)
         for why, count in refused.items():
@@ -172,6 +172,12 @@ class Publisher:
 
     def _count(self, name: str, total: float, **labels: str) -> None:
         key = name, frozenset(labels.items())
-        if total != (published := self._totals.get(key)):
+        if total != (published := self._published.get(key)):
             self._page.add(name, total - (published or 0), **labels)
-            self._totals[key] = total
+            self._published[key] = total
+
+    def _gauge(self, name: str, value: float, **labels: str) -> None:
+        key = name, frozenset(labels.items())
+        if value != self._published.get(key):
+            self._page.set(name, value, **labels)
+            self._published[key] = value

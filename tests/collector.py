@@ -27,6 +27,11 @@ class Span:
     milliseconds: float
     attributes: dict[str, str | int]
 
+    @property
+    def request_id(self) -> str:
+        """As the client gave it."""
+        return str(self.attributes.get("triton.request_id", ""))
+
 
 class Collector:
     """Listens while it is entered."""

@@ -4,15 +4,14 @@ import http.client
 import json
 import shutil
 import subprocess
-import time
 import urllib.parse
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import pytest
 import yaml
+from waiting import wait_for
 
 from talksplat.server import HOST, ROOT
 
@@ -57,7 +56,7 @@ class Prometheus:
         )
 
     def __enter__(self) -> Self:
-        self.wait_for(lambda: self.query("up{job='talksplat'}"))
+        wait_for(lambda: self.query("up{job='talksplat'}"))
         return self
 
     def __exit__(
@@ -92,10 +91,3 @@ class Prometheus:
             connection.close()
         assert body["status"] == "success", body
         return body["data"]
-
-    def wait_for(self, condition: Callable[[], Any], seconds: float = 20) -> None:
-        """Until it is met."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, f"not met within {seconds:g} s"
-            time.sleep(SCRAPE_SECONDS / 2)

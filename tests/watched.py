@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from collector import Collector
+from collector import Collector, Span
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from waiting import wait_for
 
 from talksplat import avatar as bundle
 from talksplat import clock, tenants
@@ -61,12 +62,25 @@ class Watched:
             self.chunk(**arguments)
         return str(caught.value)
 
-    def lines(self, **fields: Any) -> list[dict[str, Any]]:
-        """Those of the log that are JSON and have these fields."""
+    def log(self) -> str:
+        """Of the server, until now."""
         assert self.server.run_dir is not None
-        text = (self.server.run_dir / "triton.log").read_text()
-        lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-        return [line for line in lines if fields.items() <= line.items()]
+        return (self.server.run_dir / "triton.log").read_text()
+
+    def line(self, **fields: Any) -> dict[str, Any]:
+        """The one line of the log that is JSON and has these fields, once it is there."""
+
+        def found() -> list[dict[str, Any]]:
+            lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
+            return [line for line in lines if fields.items() <= line.items()]
+
+        (line,) = wait_for(found)
+        return line
+
+    def spans(self, **fields: str) -> list[Span]:
+        """Those that the collector has and that have these fields."""
+        spans = self.collector.spans()
+        return [span for span in spans if all(getattr(span, name) == value for name, value in fields.items())]
 
 
 def _of(avatar: str, index: int) -> dict[str, Any]:

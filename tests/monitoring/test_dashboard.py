@@ -15,6 +15,7 @@ from grafana_foundation_sdk.cog import plugins
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus import Prometheus
+from waiting import wait_for
 from watched import Watched
 
 from talksplat import metrics
@@ -104,7 +105,7 @@ def busy(watched: Watched, prometheus: Prometheus) -> Prometheus:
         watched.chunk(index=4 * index)
         watched.speak(index=4 * index)
     watched.refused(avatar="nobody")
-    prometheus.wait_for(lambda: prometheus.value("sum(rate(talksplat_refused_total[5s]))") > 0)
+    wait_for(lambda: prometheus.value("sum(rate(talksplat_refused_total[5s]))") > 0)
     return prometheus
 
 
@@ -116,7 +117,7 @@ def test_prometheus_answers_a_query_with_data(expression: str, watched: Watched,
     if not data():  # the traffic may be longer ago than a rate looks back
         watched.chunk()
         watched.chunk(index=4)
-        busy.wait_for(data)
+        wait_for(data)
 
 
 def test_prometheus_takes_the_variables_query(busy: Prometheus) -> None:

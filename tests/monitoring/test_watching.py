@@ -6,6 +6,7 @@ import urllib.request
 import pytest
 from prometheus import Prometheus
 from tritonclient.utils import InferenceServerException
+from waiting import wait_for
 from watched import RESTARTS, Watched
 
 from talksplat import clock, metrics
@@ -43,7 +44,7 @@ def test_frames_are_counted_by_tenant(watched: Watched, quiet: Prometheus) -> No
         watched.idle(index=4 * index)
         watched.chunk(index=4 * index)
     more = [count * clock.CHUNK_FRAMES for count in (5 + 4, 3, 4, 0)]
-    quiet.wait_for(lambda: frames() == [old + new for old, new in zip(before, more, strict=True)])
+    wait_for(lambda: frames() == [old + new for old, new in zip(before, more, strict=True)])
 
 
 def test_each_frame_and_chunk_has_its_times(watched: Watched, quiet: Prometheus) -> None:
@@ -54,7 +55,7 @@ def test_each_frame_and_chunk_has_its_times(watched: Watched, quiet: Prometheus)
     for index in range(6):
         watched.chunk(index=4 * index)
     more = [6 * clock.CHUNK_FRAMES, 6, 6]
-    quiet.wait_for(lambda: counts() == [old + new for old, new in zip(before, more, strict=True)])
+    wait_for(lambda: counts() == [old + new for old, new in zip(before, more, strict=True)])
     waits, chunks = (total(quiet, f"talksplat_{name}_ms_sum") for name in ("wait", "chunk"))
     assert 0 < waits < chunks
 
@@ -65,13 +66,13 @@ def test_caches_tell_hits_misses_and_bytes(watched: Watched, quiet: Prometheus) 
 
     watched.operate("unload", "red")
     watched.operate("unload", "green", tenant="bolt")
-    quiet.wait_for(lambda: cache("bytes") == 0)
+    wait_for(lambda: cache("bytes") == 0)
     misses = cache("misses_total")
     watched.operate("preload", "red")
-    quiet.wait_for(lambda: cache("bytes") > 0 and cache("misses_total") == misses + 1)
+    wait_for(lambda: cache("bytes") > 0 and cache("misses_total") == misses + 1)
     hits = cache("hits_total")
     watched.chunk("red")
-    quiet.wait_for(lambda: cache("hits_total") > hits)
+    wait_for(lambda: cache("hits_total") > hits)
     assert cache("misses_total") == misses + 1
 
 
@@ -83,7 +84,7 @@ def test_refusals_are_counted_by_their_reason(watched: Watched, quiet: Prometheu
     assert "NOT_FOUND" in watched.refused(avatar="nobody")
     assert "NOT_FOUND" in watched.refused(avatar="red", tenant="bolt")  # counted by the model avatar
     assert "INVALID_ARGUMENT" in watched.refused(parameters={"quality": 0})  # and by the rasterizer
-    quiet.wait_for(lambda: refused() == [before[0] + 2, before[1] + 1, before[2]])
+    wait_for(lambda: refused() == [before[0] + 2, before[1] + 1, before[2]])
 
 
 def test_restarts_are_those_that_the_supervisor_counted(prometheus: Prometheus) -> None:
@@ -96,7 +97,7 @@ def test_metrics_bear_traffic_and_operations_at_the_same_time(watched: Watched, 
     for index in range(60):
         watched.operate("preload" if index % 2 else "unload", "green", tenant="bolt")
         watched.chunk(index=4 * index)
-    quiet.wait_for(lambda: total(quiet, "talksplat_frames_total", tenant="acme") == before + 240)
+    wait_for(lambda: total(quiet, "talksplat_frames_total", tenant="acme") == before + 240)
     assert watched.server.dead_processes() is None
 
 
@@ -112,13 +113,13 @@ def test_dropped_chunks_raise_the_alarm(watched: Watched, prometheus: Prometheus
             dropped += 1
         return bool(firing(prometheus, "TalksplatDroppingChunks"))
 
-    prometheus.wait_for(alarm)
-    prometheus.wait_for(lambda: total(prometheus, "talksplat_dropped_chunks_total", tenant="acme") == dropped)
+    wait_for(alarm)
+    wait_for(lambda: total(prometheus, "talksplat_dropped_chunks_total", tenant="acme") == dropped)
     assert total(prometheus, "talksplat_dropped_chunks_total", tenant="bolt") == 0
 
 
 def test_a_replica_that_is_gone_raises_the_alarm(prometheus: Prometheus) -> None:
-    prometheus.wait_for(lambda: firing(prometheus, "TalksplatDown"))
+    wait_for(lambda: firing(prometheus, "TalksplatDown"))
     assert len(firing(prometheus, "TalksplatDown")) == 1  # the other one is there
 
 
@@ -131,7 +132,7 @@ def test_every_rule_can_be_computed(watched: Watched, prometheus: Prometheus) ->
         groups = prometheus.get("/api/v1/rules").get("groups", [])
         return [(rule["name"], rule["health"]) for group in groups for rule in group["rules"]]
 
-    prometheus.wait_for(lambda: rules() and "unknown" not in dict(rules()).values())
+    wait_for(lambda: rules() and "unknown" not in dict(rules()).values())
     assert [rule for rule in rules() if rule[1] != "ok"] == []
 
 
@@ -140,4 +141,4 @@ def test_every_rule_can_be_computed(watched: Watched, prometheus: Prometheus) ->
 )
 def test_a_recorded_rule_has_a_value_under_traffic(record: str, watched: Watched, prometheus: Prometheus) -> None:
     watched.chunk()
-    prometheus.wait_for(lambda: any(value > 0 for _, value in prometheus.query(f"talksplat:{record}")))
+    wait_for(lambda: any(value > 0 for _, value in prometheus.query(f"talksplat:{record}")))
