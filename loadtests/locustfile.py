@@ -93,6 +93,8 @@ def give_verdict(environment: Environment, **_: Any) -> None:
     """Print what was measured, draw the curve, and settle the exit code."""
     if isinstance(environment.runner, WorkerRunner) or environment.runner is None:
         return
+    if environment.runner.state in ("spawning", "running"):  # Ctrl-C: users have not been stopped yet
+        environment.runner.quit()
     _take_own(environment.runner)
     options: Any = environment.parsed_options
     limits = Slo(**{limit.name: getattr(options, f"slo_{limit.name}") for limit in fields(Slo)})

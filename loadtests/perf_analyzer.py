@@ -18,6 +18,7 @@ import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +77,7 @@ def install() -> Path:
     return binary
 
 
-def windows(avatar: str) -> list[dict[str, object]]:
+def windows(avatar: str) -> list[dict[str, dict[str, Any]]]:
     """Requests of a stream, as perf_analyzer reads them."""
     samples = speech()
     return [
