@@ -79,7 +79,7 @@ class Edge:
         self._file = TenantsFile(tenants)
         self._replicas = replicas
         self._prefix = prefix.resolve()
-        self._nginx = _find_nginx()
+        self._nginx = find_nginx()
         self._process: subprocess.Popen[bytes] | None = None
         self._written: Tenants | None = None
         self._beats = 0
@@ -344,7 +344,8 @@ def make_certificate(certificate: Path, key: Path, host: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def _find_nginx() -> Path:
+def find_nginx() -> Path:
+    """The installed nginx; raises MissingNginxError where it or its Lua module is missing."""
     found = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
     missing = None if found else "nginx"
     if not all((MODULES / f"{name}_module.so").exists() for name in ("ndk_http", "ngx_http_lua")):
