@@ -73,6 +73,18 @@ loadtest: models $(VENV)/.dev  ## locust: USERS viewers in conversation for a mi
 	@$(BIN)/python -m loadtests --users $(USERS) --spawn-rate 2 --run-time 60s --only-summary \
 	  --csv bench/loadtest --html bench/loadtest.html --curve bench/loadtest.png
 
+.PHONY: soak
+soak: models $(VENV)/.dev  ## twenty minutes at 80 % of what `make bench` found to hold: does anything grow, get lost or lag?
+	$(BIN)/python -m loadtests.soak --json bench/soak.json
+
+.PHONY: faults
+faults: models $(VENV)/.dev  ## break every part under streams; prints a table, writes bench/faults.json
+	FAULTS_JSON=bench/faults.json $(BIN)/python -m pytest -q -s tests/faults --deselect tests/faults/test_fuzz.py
+
+.PHONY: fuzz
+fuzz: models $(VENV)/.dev  ## 5,000 spoilt requests at every door, others each time
+	FUZZ_INPUTS=5000 $(BIN)/python -m pytest -q tests/faults/test_fuzz.py --timeout 900
+
 .PHONY: models
 models: $(VENV)/.installed  ## export every model that is missing or stale into model_repository/
 	@$(BIN)/talksplat-export models

@@ -19,7 +19,7 @@ class Usage:
     """Of a process and its children until now."""
 
     cpu_seconds: Mapping[str, float]  # by process: the root's name, or the model that a stub of Triton serves
-    rss_bytes: int  # of all together; memory that several share counts in each
+    rss: Mapping[str, int]  # bytes, likewise; memory that several share counts in each
 
     @classmethod
     def of(cls, pid: int) -> Usage:
@@ -30,19 +30,24 @@ class Usage:
         """
         root = psutil.Process(pid)
         cpu: dict[str, float] = {}
-        rss = 0
+        rss: dict[str, int] = {}
         for process in [root, *root.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 with process.oneshot():
-                    name, times = _name(process), process.cpu_times()
-                    rss += process.memory_info().rss
+                    name, times, memory = _name(process), process.cpu_times(), process.memory_info().rss
                 cpu[name] = cpu.get(name, 0.0) + times.user + times.system
+                rss[name] = rss.get(name, 0) + memory
         return cls(cpu, rss)
 
     @property
     def total(self) -> float:
         """Processor seconds of all together."""
         return sum(self.cpu_seconds.values())
+
+    @property
+    def rss_bytes(self) -> int:
+        """Of all together."""
+        return sum(self.rss.values())
 
     def since(self, before: Usage) -> dict[str, float]:
         """Processor seconds by process since then."""
