@@ -24,6 +24,7 @@ from typing import Any, TypedDict
 LEVEL_VARIABLE = "TALKSPLAT_LOG"
 LEVELS = ("debug", "info", "warning", "error")
 LINES_PER_SECOND = 20  # of one event: a flood must not take the cores from the work
+SLOW_MS = 500  # a chunk whose frames come later than that after it was due is worth a line: the SLO's limit
 LONGEST = 256  # characters of a field: clients choose ids, and anybody's bytes may pose as an avatar's
 
 

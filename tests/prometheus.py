@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import pytest
 import yaml
-from waiting import wait_for
 
 from talksplat.server import HOST, ROOT
 
@@ -56,7 +55,6 @@ class Prometheus:
         )
 
     def __enter__(self) -> Self:
-        wait_for(lambda: self.query("up{job='talksplat'}"))
         return self
 
     def __exit__(

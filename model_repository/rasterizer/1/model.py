@@ -19,12 +19,11 @@ from talksplat import clock, log
 from talksplat.animator import CHUNK_SECONDS, Animator, Chunk, Options
 from talksplat.avatar import HUMA1_WEIGHTS, SPEECH_WIDTH, WINDOW_TOKENS, BundleError, Huma1Avatar
 from talksplat.framing import RequestError
-from talksplat.log import Fields
+from talksplat.log import SLOW_MS, Fields
 from talksplat.metrics import RESTARTS_VARIABLE, Page, Publisher
 from talksplat.triton import Caller, Door, array, avatar_ids, failure, log_failure, parameters, response
 
 OPERATING_THREADS = 2  # run preload, unload and list: who asks for a third one waits, but nobody who wants frames
-SLOW_MS = 500  # a chunk's frames that come later than that after it was due are worth a line
 
 _log = logging.getLogger("rasterizer")
 
