@@ -225,8 +225,10 @@ def _looking(pid: int, began: float, looks: list[tuple[float, Mapping[str, int]]
 
     def look() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            while not over.wait(LOOK_SECONDS):
+            while True:
                 looks.append((time.monotonic() - began, Usage.of(pid).rss))
+                if over.wait(LOOK_SECONDS):
+                    return
 
     thread = threading.Thread(target=look)
     thread.start()
