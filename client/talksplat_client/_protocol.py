@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tritonclient.grpc import service_pb2
-from tritonclient.utils import InferenceServerException, deserialize_bytes_tensor
 
 from ._audio import Samples
 from ._exceptions import ServerError
@@ -21,6 +19,7 @@ from ._state import StreamState
 Request = Any  # tritonclient's messages carry no types
 Response = Any
 
+LENGTH_BYTES = 4  # that stand before each string, little-endian
 RASTERIZER = "rasterizer"
 CLOCK = service_pb2.ModelConfigRequest(name="animate")
 
@@ -98,20 +97,20 @@ def clock_parameters(response: Response) -> dict[str, str]:
 
 def frames(response: Response, first: int, state: StreamState) -> list[Frame]:
     """Every frame of a response, numbered from ``first``. At rest there is no speech."""
-    pictures = _output(response, "FRAMES").ravel()
+    pictures = _strings_of(response, "FRAMES")
     at_rest = response.model_name == RASTERIZER
-    speech = np.zeros(len(pictures)) if at_rest else _output(response, "SPEECH").ravel()
+    speech = [0.0] * len(pictures) if at_rest else _floats_of(response, "SPEECH")
     if len(pictures) != len(speech):
         raise ServerError(f"the server answered with {len(pictures)} frames and {len(speech)} speech probabilities")
     return [
-        Frame(index, index / state.clock.fps, float(probability), state.format, bytes(data))
+        Frame(index, index / state.clock.fps, probability, state.format, data)
         for index, (data, probability) in enumerate(zip(pictures, speech, strict=True), first)
     ]
 
 
 def text(response: Response) -> str:
     """The transcript in a response."""
-    return bytes(_output(response, "TEXT").ravel()[0]).decode()
+    return _string_of(response, "TEXT").decode()
 
 
 def utterance(response: Response, first: int, count: int, state: StreamState) -> Utterance:
@@ -143,7 +142,7 @@ def health(url: str, response: Response) -> Health:
 
 def _report(response: Response) -> dict[str, Any]:
     try:
-        content = json.loads(bytes(_output(response, "REPORT").ravel()[0]))
+        content = json.loads(_string_of(response, "REPORT"))
     except ValueError as error:
         raise ServerError(f"the server's report is no JSON: {error}") from error
     if not isinstance(content, dict):
@@ -172,7 +171,7 @@ def _integer(name: str, value: int, shape: list[int]) -> _Tensor:
 def _strings(name: str, value: str, shape: list[int]) -> _Tensor:
     data = value.encode()
     tensor = service_pb2.ModelInferRequest.InferInputTensor(name=name, datatype="BYTES", shape=shape)
-    return tensor, struct.pack("<I", len(data)) + data
+    return tensor, len(data).to_bytes(LENGTH_BYTES, "little") + data
 
 
 def _infer(
@@ -197,15 +196,38 @@ def _infer(
     return request
 
 
-def _output(response: Response, name: str) -> npt.NDArray[Any]:
-    for tensor, data in zip(response.outputs, response.raw_output_contents, strict=False):
-        if tensor.name == name:
-            try:
-                if tensor.datatype == "BYTES":
-                    array: npt.NDArray[Any] = deserialize_bytes_tensor(data)
-                else:
-                    array = np.frombuffer(data, "<f4")
-                return array.reshape(list(tensor.shape))
-            except (ValueError, struct.error, InferenceServerException) as error:
-                raise ServerError(f"the server's output {name} is malformed: {error}") from error
+def _string_of(response: Response, name: str) -> bytes:
+    strings = _strings_of(response, name)
+    if len(strings) != 1:
+        raise ServerError(f"the server's output {name} has {len(strings)} strings, expected one")
+    return strings[0]
+
+
+def _strings_of(response: Response, name: str) -> list[bytes]:
+    shape, data = _output(response, name, "BYTES")
+    count = math.prod(shape)
+    strings: list[bytes] = []
+    end = 0
+    while len(strings) < count and end < len(data):
+        begin = end + LENGTH_BYTES
+        end = begin + int.from_bytes(data[end:begin], "little")
+        strings.append(data[begin:end])
+    if len(strings) != count or end != len(data):
+        raise ServerError(f"the server's output {name} is malformed: {len(data)} bytes are not {count} strings")
+    return strings
+
+
+def _floats_of(response: Response, name: str) -> list[float]:
+    shape, data = _output(response, name, "FP32")
+    count = math.prod(shape)
+    if len(data) != 4 * count:
+        raise ServerError(f"the server's output {name} is malformed: {len(data)} bytes are not {count} floats")
+    return list(struct.unpack(f"<{count}f", data))
+
+
+def _output(response: Response, name: str, datatype: str) -> tuple[Sequence[int], bytes]:
+    """Shape and bytes of an output; touches no other's bytes, since each touch copies them."""
+    for number, tensor in enumerate(response.outputs):
+        if tensor.name == name and tensor.datatype == datatype and number < len(response.raw_output_contents):
+            return tensor.shape, response.raw_output_contents[number]
     raise ServerError(f"the server's answer lacks {name}")
