@@ -38,7 +38,7 @@ from loadtests.streams import Generator, Load, Triton
 from loadtests.usage import Usage
 from talksplat import clock
 from talksplat.bench._report import Row, report
-from talksplat.bench.preload import operate
+from talksplat.bench._ask import operate
 from talksplat.server import ROOT, Ports, Server
 
 SPEECH = ROOT / "demo" / "speech.wav"
