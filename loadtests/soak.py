@@ -37,8 +37,8 @@ from loadtests.slo import Playout, Slo, Summary
 from loadtests.streams import Generator, Load, Triton
 from loadtests.usage import Usage
 from talksplat import clock
-from talksplat.bench._report import Row, report
 from talksplat.bench._ask import operate
+from talksplat.bench._report import Row, report
 from talksplat.server import ROOT, Ports, Server
 
 SPEECH = ROOT / "demo" / "speech.wav"
