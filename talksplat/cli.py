@@ -14,7 +14,7 @@ from rich.console import Console
 
 from talksplat import avatar as bundle
 from talksplat import bench, edge, tenants
-from talksplat.server import HOST, ROOT, Ports, Server, ServerError, Trace
+from talksplat.server import EVERYWHERE, HOST, ROOT, Ports, Server, ServerError, Trace
 from talksplat.supervisor import Supervisor
 
 
@@ -43,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--grpc-port", type=int, default=default.grpc, help="default: %(default)s")
     up.add_argument("--metrics-port", type=int, default=default.metrics, help="default: %(default)s")
     up.add_argument("--free-ports", action="store_true", help="take ports that are free instead")
+    up.add_argument(
+        "--host",
+        choices=(HOST, EVERYWHERE),
+        default=HOST,
+        help=f"{EVERYWHERE}: for other machines, too, in a network where nobody but the edge gets here",
+    )
     up.add_argument("--run-dir", type=Path, help="folder of the log; default: runs/PORT beside the repository")
     _add_tracing(up)
     up.set_defaults(run=_up)
@@ -56,12 +62,22 @@ def _parser() -> argparse.ArgumentParser:
     secure.add_argument("--replicas", type=int, default=1, metavar="N", help="servers; default: %(default)s")
     secure.add_argument("--host", default=HOST, help="address to listen on; default: %(default)s")
     secure.add_argument("--port", type=int, default=edge.PORT, help="default: %(default)s")
-    secure.add_argument("--free-ports", action="store_true", help="take ports that are free instead, for all of it")
+    secure.add_argument("--free-ports", action="store_true", help="take ports that are free for the servers behind it")
     secure.add_argument("--certificate", type=Path, metavar="PEM", help="default: a self-signed one in the run dir")
     secure.add_argument("--certificate-key", type=Path, metavar="PEM")
     secure.add_argument("--run-dir", type=Path, help="folder of logs; default: runs/secure beside the repository")
     _add_tracing(secure)
     secure.set_defaults(run=_secure)
+
+    alone = commands.add_parser("edge", help="nginx alone, before servers on other machines that DNS lists")
+    alone.add_argument("--replicas", required=True, metavar="NAME", help="in DNS, of all servers (default ports)")
+    alone.add_argument("--tenants", type=Path, required=True, metavar="FILE", help="who may use what")
+    alone.add_argument("--certificate", type=Path, required=True, metavar="PEM")
+    alone.add_argument("--certificate-key", type=Path, required=True, metavar="PEM")
+    alone.add_argument("--host", default=EVERYWHERE, help="address to listen on; default: %(default)s")
+    alone.add_argument("--port", type=int, default=edge.PORT, help="default: %(default)s")
+    alone.add_argument("--run-dir", type=Path, default=ROOT / "runs" / "edge", help="nginx's; default: %(default)s")
+    alone.set_defaults(run=_edge)
 
     key = commands.add_parser("key", help="make an API key; prints it once, and what to write into the tenants file")
     key.add_argument("--tenant", required=True, metavar="NAME", help="whose key it will be")
@@ -110,6 +126,7 @@ def _up(arguments: argparse.Namespace) -> int:
         arguments.avatars,
         tenants=arguments.tenants,
         trace=_trace(arguments),
+        host=arguments.host,
         ports=ports,
         run_dir=run_dir,
     )
@@ -144,8 +161,7 @@ def _secure(arguments: argparse.Namespace) -> int:
     if arguments.tenants is None and not file.exists():
         console.print(f"Made {file} and its first API key, which is shown this once: {edge.make_tenants(file)}")
     ports = [Ports.free() if arguments.free_ports else Ports.numbered(each) for each in range(arguments.replicas)]
-    port = Ports.free().http if arguments.free_ports else arguments.port
-    address = edge.Address(certificate, key, arguments.host, port)
+    address = edge.Address(certificate, key, arguments.host, arguments.port)
     secure = edge.Secure(
         arguments.repository, arguments.avatars, file, ports, address, run_dir, console.print, _trace(arguments)
     )
@@ -159,6 +175,16 @@ def _secure(arguments: argparse.Namespace) -> int:
 
     console.print(f"Starting nginx and {arguments.replicas} Triton ...")
     _until_interrupted(lambda: secure.run(serving), console)
+    return 0
+
+
+def _edge(arguments: argparse.Namespace) -> int:
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    address = edge.Address(arguments.certificate, arguments.certificate_key, arguments.host, arguments.port)
+    cluster = edge.Cluster(
+        arguments.tenants, arguments.replicas, Ports(), address, arguments.run_dir.absolute(), console.print
+    )
+    _until_interrupted(lambda: cluster.run(lambda: console.print(f"Serving {address.url} (TLS, API key).")), console)
     return 0
 
 

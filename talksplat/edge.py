@@ -39,6 +39,7 @@ CERTIFICATE_DAYS = 825
 _START_SECONDS = 5.0
 _STOP_SECONDS = 15.0
 _LOOK_SECONDS = 0.1
+_DNS_SECONDS = 1.0
 
 
 class EdgeError(ServerError):
@@ -77,7 +78,7 @@ class Edge:
     def __init__(self, tenants: Path, replicas: Sequence[Ports], address: Address, prefix: Path) -> None:
         self.address = address
         self._file = TenantsFile(tenants)
-        self._replicas = replicas
+        self._replicas = [(HOST, each) for each in replicas]
         self._prefix = prefix.resolve()
         self._nginx = find_nginx()
         self._process: subprocess.Popen[bytes] | None = None
@@ -119,6 +120,16 @@ class Edge:
         self._launch()
         return f"nginx ended with {code}: started again."
 
+    def lead_to(self, hosts: Sequence[str], ports: Ports) -> None:
+        """Balance over these machines from now on; a running nginx goes on with what it has begun.
+
+        It reads its certificate anew, too.
+        """
+        self._replicas = [(host, ports) for host in hosts]
+        if self._process is not None:
+            _write(self._prefix / "nginx.conf", self._configuration())
+            self._process.send_signal(signal.SIGHUP)
+
     def stop(self) -> None:
         """Stop, and leave no process behind."""
         if self._process is not None:
@@ -152,8 +163,9 @@ class Edge:
             self._written = tenants
 
     def _configuration(self) -> str:
-        def servers(ports: Sequence[int]) -> str:
-            return " ".join(f"server {HOST}:{port} max_fails=1 fail_timeout=3s;" for port in ports)
+        def servers(doors: Sequence[tuple[str, int]]) -> str:
+            each = [f"server {host}:{port} max_fails=1 fail_timeout=3s;" for host, port in doors]
+            return " ".join(each) or f"server {HOST}:9 down;"  # nginx refuses to have none
 
         template = string.Template((SOURCE / "nginx.conf.template").read_text())
         return template.safe_substitute(  # nginx has variables of its own
@@ -162,8 +174,8 @@ class Edge:
             TALKSPLAT_CERTIFICATE=self.address.certificate.resolve(),
             TALKSPLAT_CERTIFICATE_KEY=self.address.certificate_key.resolve(),
             TALKSPLAT_EDGE=SOURCE,
-            TALKSPLAT_GRPC_SERVERS=servers([replica.grpc for replica in self._replicas]),
-            TALKSPLAT_HTTP_SERVERS=servers([replica.http for replica in self._replicas]),
+            TALKSPLAT_GRPC_SERVERS=servers([(host, ports.grpc) for host, ports in self._replicas]),
+            TALKSPLAT_HTTP_SERVERS=servers([(host, ports.http) for host, ports in self._replicas]),
         )
 
     def _launch(self) -> None:
@@ -293,6 +305,79 @@ class Secure:
             supervisor.run(serving)
         except BaseException as error:
             self._failure = error
+
+
+class Cluster:
+    """The edge alone, before servers on other machines: those that a name in DNS lists.
+
+    In Kubernetes that is a headless service, which lists the pods whose canary was answered. nginx is told within a
+    second when the list changes, and when the certificate does.
+
+    Args:
+        tenants: the file of `talksplat.tenants`, which the servers have, too.
+        name: whose addresses are the replicas.
+        ports: of each replica.
+        address: where to listen.
+        run_dir: nginx's folder. Its logs go to this process's standard output.
+        say: is told what happens, in sentences.
+
+    Raises:
+        TenantsError: the tenants file can't be used.
+        MissingNginxError: nginx or its Lua module is not installed.
+    """
+
+    def __init__(
+        self, tenants: Path, name: str, ports: Ports, address: Address, run_dir: Path, say: Callable[[str], None]
+    ) -> None:
+        self._edge = Edge(tenants, [], address, run_dir)
+        self._name = name
+        self._ports = ports
+        self._run_dir = run_dir
+        self._say = say
+
+    def run(self, serving: Callable[[], None]) -> None:
+        """Start nginx and keep it up; returns only by an exception, and leaves nothing running then.
+
+        Args:
+            serving: is called once, when nginx listens.
+
+        Raises:
+            EdgeError: nginx does not start.
+            OSError: the run folder or the certificate can't be used.
+        """
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        for name in ("access.log", "error.log"):
+            log = self._run_dir / name
+            log.unlink(missing_ok=True)
+            log.symlink_to(f"/proc/{os.getpid()}/fd/1")
+        led: tuple[list[str], bytes] | None = None
+        try:
+            while True:
+                hosts = addresses(self._name)
+                wanted = led[0] if hosts is None and led else hosts or [], self._edge.address.certificate.read_bytes()
+                if wanted != led:
+                    if led is None or wanted[0] != led[0]:
+                        self._say(f"Replicas: {', '.join(wanted[0]) or 'none'}.")
+                    self._edge.lead_to(wanted[0], self._ports)
+                if led is None:
+                    self._edge.start()
+                    serving()
+                led = wanted
+                if (news := self._edge.look()) is not None:
+                    self._say(news)
+                (self._edge.passed if led[0] else self._edge.fell)(self._ports)
+                time.sleep(_DNS_SECONDS)
+        finally:
+            self._edge.stop()
+
+
+def addresses(name: str) -> list[str] | None:
+    """The IPv4 addresses that DNS lists under a name, sorted; None if it can't be asked just now."""
+    try:
+        found = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        return None if error.errno == socket.EAI_AGAIN else []
+    return sorted({str(each[4][0]) for each in found})
 
 
 def hashes(tenants: Tenants) -> str:

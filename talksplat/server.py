@@ -47,6 +47,8 @@ from talksplat.tenants import CANARY_VARIABLE, FILE_VARIABLE, HEADER, Tenants
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"
+EVERYWHERE = "0.0.0.0"
+CANARY_FILE = "canary"  # in the run folder, as old as the last canary that was answered: what else can look at
 STUB = "triton_python_backend_stub"
 SHARED_MEMORY = Path("/dev/shm")
 NO_PROXY = [("grpc.enable_http_proxy", 0)]  # which gRPC would ask even for this machine
@@ -151,6 +153,7 @@ class Server:
         tenants: the file of `talksplat.tenants`, for a server behind the edge: it then believes the header that names
             the tenant. Without one everybody may do everything.
         trace: where spans go; None: nothing is traced.
+        host: where to listen: on this machine, or `EVERYWHERE`, in a network where nobody but the edge gets here.
         ports: where to listen.
         run_dir: keeps the log, ``triton.log``, and the one before it; by default a temporary folder that a clean stop
             removes.
@@ -164,6 +167,7 @@ class Server:
         *,
         tenants: Path | None = None,
         trace: Trace | None = None,
+        host: str = HOST,
         ports: Ports = Ports(),
         run_dir: Path | None = None,
         start_timeout: float = 60.0,
@@ -172,6 +176,7 @@ class Server:
         self.avatars = avatars.resolve()
         self.tenants = tenants and tenants.resolve()
         self.trace = trace
+        self.host = host
         self.ports = ports
         self.run_dir = run_dir
         self.start_timeout = start_timeout
@@ -294,6 +299,9 @@ class Server:
                 batch = {name: array[None] for name, array in chunk.items()}
                 # who refuses an avatar answers: it may have been fitted to another speech encoder
                 ask(bundle.Huma1Avatar.model, batch, may_refuse=True)
+        if self.run_dir is not None:
+            with contextlib.suppress(OSError):  # a full disk is not the server's fault
+                (self.run_dir / CANARY_FILE).touch()
 
     def _sound_avatar(self, kind: type[bundle.AnyAvatar]) -> str | None:
         """An avatar of a profile that can be read: a broken bundle must not make a server look broken."""
@@ -345,11 +353,11 @@ class Server:
             f"--model-repository={self.repository}",
             f"--backend-directory={backends}",
             f"--cache-directory={wheel.caches}",
-            f"--http-address={HOST}",
+            f"--http-address={self.host}",
             f"--http-port={self.ports.http}",
-            f"--grpc-address={HOST}",
+            f"--grpc-address={self.host}",
             f"--grpc-port={self.ports.grpc}",
-            f"--metrics-address={HOST}",
+            f"--metrics-address={self.host}",
             f"--metrics-port={self.ports.metrics}",
             f"--grpc-header-forward-pattern={_FORWARDED}",
             f"--http-header-forward-pattern={_FORWARDED}",
@@ -390,6 +398,8 @@ class Server:
 
     def _end(self, *, keep_log: bool) -> None:
         process, self._process = self._process, None
+        if self.run_dir is not None:
+            (self.run_dir / CANARY_FILE).unlink(missing_ok=True)
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # stubs too: those of a server that hangs or ended while loading
