@@ -29,10 +29,11 @@ def tool(name: str) -> str:
 class Prometheus:
     """The real one, with the project's own configuration: only faster, and with these targets."""
 
-    def __init__(self, folder: Path, targets: list[str], port: int) -> None:
+    def __init__(self, folder: Path, servers: list[str], edge: str, port: int) -> None:
         self._port = port
         shutil.copytree(FOLDER, folder)
-        (folder / "targets" / "talksplat.yml").write_text(yaml.safe_dump([{"targets": targets}]))
+        for name, targets in (("talksplat", servers), ("edge", [edge])):
+            (folder / "targets" / f"{name}.yml").write_text(yaml.safe_dump([{"targets": targets}]))
         config = yaml.safe_load((folder / "prometheus.yml").read_text())
         config["global"] = dict.fromkeys(("scrape_interval", "evaluation_interval"), f"{SCRAPE_SECONDS * 1000:.0f}ms")
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))

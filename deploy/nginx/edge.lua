@@ -31,7 +31,7 @@ local SENTENCES = { -- for what nginx itself refuses
 }
 
 local edge = {}
-local leases, rates = ngx.shared.leases, ngx.shared.rates
+local leases, rates, answers = ngx.shared.leases, ngx.shared.rates, ngx.shared.answers
 local tenants -- by the hash of a key
 local machine_streams
 local tenants_text
@@ -44,6 +44,7 @@ end
 -- Answers the request with an error and ends it.
 local function refuse(status, sentence, retry_after)
   ngx.header["Retry-After"] = retry_after
+  ngx.ctx.refused = status
   if not is_grpc() then
     ngx.status = status
     ngx.header.content_type = "application/json"
@@ -210,8 +211,9 @@ local function admit(model)
   ngx.var.stream, ngx.var.lease = stream or "", lease
 end
 
--- A long request is answered: from now on its stream has as long as any other.
+-- A request is answered. Was it a long one, its stream has as long as any other from now on.
 function edge.done()
+  answers:incr(ngx.var.tenant .. " " .. (ngx.ctx.refused or ngx.status), 1, 0)
   local lease = ngx.var.lease
   if lease and lease ~= "" then
     renew(lease, LEASE_SECONDS)
@@ -340,6 +342,36 @@ function edge.health()
     return ngx.say("ok")
   end
   return refuse(503, SENTENCES[503], 1)
+end
+
+-- What Prometheus asks for: answers by tenant and status (of gRPC the one that HTTP would have had), and streams.
+function edge.metrics()
+  local lines = {
+    "# HELP talksplat_edge_requests_total Requests that the edge has answered or passed on.",
+    "# TYPE talksplat_edge_requests_total counter",
+  }
+  for _, key in ipairs(answers:get_keys(0)) do
+    local tenant, status = key:match("^(%S*) (%d+)$")
+    local count = answers:get(key)
+    table.insert(lines, ('talksplat_edge_requests_total{tenant="%s",status="%s"} %d'):format(tenant, status, count))
+  end
+  local streams = {}
+  for _, tenant in pairs(tenants or {}) do
+    streams[tenant.name] = 0
+  end
+  for _, key in ipairs(leases:get_keys(0)) do
+    local tenant = key:match("^([a-z0-9_-]+)#%d+$")
+    if tenant then
+      streams[tenant] = (streams[tenant] or 0) + 1
+    end
+  end
+  table.insert(lines, "# HELP talksplat_edge_streams Streams that hold a place.")
+  table.insert(lines, "# TYPE talksplat_edge_streams gauge")
+  for tenant, count in pairs(streams) do
+    table.insert(lines, ('talksplat_edge_streams{tenant="%s"} %d'):format(tenant, count))
+  end
+  ngx.header.content_type = "text/plain; version=0.0.4"
+  ngx.say(table.concat(lines, "\n"))
 end
 
 -- For errors of nginx's own, its upstreams among them.

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -14,6 +15,7 @@ from prometheus import SCRAPE_SECONDS, Prometheus
 from waiting import wait_for
 from watched import HASH, RESTARTS, TRACED, Watched
 
+from talksplat.edge import Address, Edge, MissingNginxError, find_nginx, make_certificate
 from talksplat.log import LEVEL_VARIABLE
 from talksplat.metrics import PUBLISH_SECONDS
 from talksplat.server import HOST, Ports, Server, Trace
@@ -26,17 +28,24 @@ def ports() -> Ports:
 
 
 @pytest.fixture(scope="session")
-def asking(ports: Ports, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus | None]:
-    """A Prometheus that asks the watched server, and another one that is not there, from before they start.
+def address(tmp_path_factory: pytest.TempPathFactory) -> Address:
+    """Of the edge before it."""
+    folder = tmp_path_factory.mktemp("certificate")
+    return Address(folder / "certificate.pem", folder / "key.pem", port=Ports.free().http)
 
-    It takes its 5 seconds until it asks anybody while the server starts.
+
+@pytest.fixture(scope="session")
+def asking(ports: Ports, address: Address, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus | None]:
+    """A Prometheus that asks the watched server and its edge, and another server that is not there.
+
+    It is started before them: the 5 seconds that it takes until it asks anybody go by meanwhile.
     """
     if shutil.which("prometheus") is None:
         yield None
         return
     others = Ports.free()
     targets = [f"{HOST}:{port}" for port in (ports.metrics, others.http)]
-    with Prometheus(tmp_path_factory.mktemp("prometheus") / "copy", targets, others.grpc) as prometheus:
+    with Prometheus(tmp_path_factory.mktemp("prometheus") / "copy", targets, address.url, others.grpc) as prometheus:
         yield prometheus
 
 
@@ -74,8 +83,24 @@ def prometheus(watched: Watched, asking: Prometheus | None) -> Prometheus:
     """The real one, which knows the watched server."""
     if asking is None:
         pytest.skip("Prometheus is not installed (Debian: apt install prometheus)")
-    wait_for(lambda: asking.value("sum(up)") == 1)
+    wait_for(lambda: asking.value("sum(up{job='talksplat'})") == 1)
     return asking
+
+
+@pytest.fixture(scope="session")
+def edge(watched: Watched, address: Address, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The real nginx before the watched server; its folder."""
+    try:
+        find_nginx()
+    except MissingNginxError as error:
+        pytest.skip(str(error))
+    make_certificate(address.certificate, address.certificate_key, HOST)
+    assert watched.server.tenants
+    folder = tmp_path_factory.mktemp("edge")
+    nginx = Edge(watched.server.tenants, [watched.server.ports], address, folder)
+    nginx.start()
+    yield folder
+    nginx.stop()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from watched import Watched
 
 from talksplat import metrics
 from talksplat.server import ROOT
+from talksplat_client import Client, TalksplatError, Tls
 
 FOLDER = ROOT / "deploy" / "grafana"
 DASHBOARD: dict[str, Any] = json.loads((FOLDER / "dashboards" / "talksplat.json").read_text())
@@ -110,7 +111,18 @@ def busy(watched: Watched, prometheus: Prometheus) -> Prometheus:
 
 
 @pytest.mark.parametrize("expression", list(queries()))
-def test_prometheus_answers_a_query_with_data(expression: str, watched: Watched, busy: Prometheus) -> None:
+def test_prometheus_answers_a_query_with_data(
+    expression: str, watched: Watched, busy: Prometheus, request: pytest.FixtureRequest
+) -> None:
+    if "talksplat_edge" in expression:
+        address = request.getfixturevalue("address")
+        request.getfixturevalue("edge")
+        with Client(address.url, api_key="wrong", tls=Tls(address.certificate)) as client:
+            for _ in range(2):
+                with pytest.raises(TalksplatError):
+                    client.avatars()
+                wait_for(lambda: busy.value("sum(talksplat_edge_requests_total)"))
+
     def data() -> list[float]:
         return [value for _, value in busy.query(expanded(expression)) if not math.isnan(value)]
 

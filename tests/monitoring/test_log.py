@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import time
 import wave
 from collections.abc import Iterator
@@ -16,9 +15,10 @@ from hypothesis import strategies as st
 from waiting import wait_for
 from watched import KEY, Watched
 
-from talksplat import clock, edge, log
+from talksplat import clock, log
+from talksplat.edge import Address
 from talksplat.log import Fields
-from talksplat.server import ROOT, Ports, readable
+from talksplat.server import ROOT, readable
 from talksplat_client import Client, Tls
 
 
@@ -146,27 +146,17 @@ def test_what_was_said_is_nowhere(watched: Watched) -> None:
     assert [word for word in words if f" {word}" in text or f'"{word}' in text] == []
 
 
-def test_one_id_leads_from_client_through_edge_and_rasterizer_to_the_span(watched: Watched, tmp_path: Path) -> None:
-    if not (shutil.which("nginx", path="/usr/sbin:/usr/bin") and (edge.MODULES / "ngx_http_lua_module.so").exists()):
-        pytest.skip("nginx and its Lua module are not installed")
-    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
-    edge.make_certificate(certificate, key, "127.0.0.1")
-    assert watched.server.tenants
-    address = edge.Address(certificate, key, port=Ports.free().http)
-    front = edge.Edge(watched.server.tenants, [watched.server.ports], address, tmp_path / "edge")
+def test_one_id_leads_from_client_through_edge_and_rasterizer_to_the_span(
+    watched: Watched, edge: Path, address: Address
+) -> None:
     noise = np.random.default_rng(0).normal(scale=0.1, size=10 * clock.SAMPLE_RATE).astype(np.float32)
-    front.start()
-    try:
-        with Client(address.url, api_key=KEY, tls=Tls(certificate)) as client:
-            stream = client.animate([noise], avatar="red", sample_rate=clock.SAMPLE_RATE)
-            frames = list(stream)
-            sent = {f"{stream.state.id}-{frame.index}" for frame in frames[:: clock.CHUNK_FRAMES]}
-    finally:
-        front.stop()
+    with Client(address.url, api_key=KEY, tls=Tls(address.certificate)) as client:
+        stream = client.animate([noise], avatar="red", sample_rate=clock.SAMPLE_RATE)
+        sent = {f"{stream.state.id}-{frame.index}" for frame in list(stream)[:: clock.CHUNK_FRAMES]}
     assert len(sent) == 63  # of which some are traced
     wait_for(lambda: all(f'"event": "rendered", "request_id": "{each}"' in watched.log() for each in sent))
-    passed = [json.loads(line) for line in (tmp_path / "edge" / "access.log").read_text().splitlines()]
-    assert {line["id"] for line in passed if line["id"]} == sent
+    passed = [json.loads(line) for line in (edge / "access.log").read_text().splitlines()]
+    assert sent <= {line["id"] for line in passed}
     spans = wait_for(lambda: [span for span in watched.spans(name="rasterizer") if span.request_id in sent])
     assert 2 <= len(spans) <= 3  # one request in 25
-    assert KEY not in watched.log() + (tmp_path / "edge" / "access.log").read_text()
+    assert KEY not in watched.log() + (edge / "access.log").read_text()
