@@ -21,7 +21,7 @@ from make_avatar import COLORS, make_avatar
 
 from talksplat import animator, clock
 from talksplat import avatar as bundle
-from talksplat_client import Client, Timeout
+from talksplat_client import Client, Timeout, Tls
 
 SIZE = 64  # pixels a side
 PLATES = 120  # 240 frames forth and back, 9.6 s: longer than any fault, so that no two frames of it look alike
@@ -123,8 +123,15 @@ class Viewer:
 class Viewers:
     """One viewer an avatar; a context manager."""
 
-    def __init__(self, urls: Sequence[str], avatars: Sequence[str] = MARKED) -> None:
-        self._client = Client(urls, timeout=Timeout(recovery=PATIENCE))
+    def __init__(
+        self,
+        urls: Sequence[str],
+        avatars: Sequence[str] = MARKED,
+        *,
+        api_key: str | None = None,
+        tls: Tls | None = None,
+    ) -> None:
+        self._client = Client(urls, api_key=api_key, tls=tls, timeout=Timeout(recovery=PATIENCE))
         self._viewers = [Viewer(self._client, avatar, seed) for seed, avatar in enumerate(avatars)]
         self._fault = 0.0
 

@@ -1,0 +1,117 @@
+"""The same faults behind nginx, before two replicas: viewers know one address, and nothing of what breaks behind it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from viewers import PATIENCE, Verdict, Viewers
+
+from talksplat import edge, supervisor
+from talksplat.server import HOST, ROOT
+from talksplat_client import Client, TalksplatError, Tls
+
+
+@dataclass
+class Secured:
+    """`talksplat-server secure`, and the address that viewers know."""
+
+    process: subprocess.Popen[bytes]
+    output: Path
+    url: str
+    api_key: str
+    tls: Tls
+
+    def children(self, name: str) -> list[psutil.Process]:
+        """Its processes with this in their name."""
+        return [child for child in psutil.Process(self.process.pid).children() if name in child.name()]
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.poll() is None, self.output.read_text()
+            assert time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.05)
+
+    def answers(self) -> bool:
+        try:
+            with Client(self.url, api_key=self.api_key, tls=self.tls) as client:
+                return bool(client.avatars())
+        except TalksplatError:
+            return False
+
+
+@pytest.fixture(scope="module")
+def secured(marked_avatars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    try:
+        edge.find_nginx()
+    except edge.MissingNginxError as error:
+        pytest.skip(str(error))
+    run_dir = tmp_path_factory.mktemp("secured")
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "talksplat.cli", "secure", "--replicas", "2", "--free-ports", "--port", str(port)]
+    command += ["--avatars", str(marked_avatars), "--run-dir", str(run_dir)]
+    output = run_dir / "secure.txt"
+    with output.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+    secured = Secured(process, output, "", "", Tls(run_dir / "certificate.pem"))
+    try:
+        secured.wait_until(lambda: "Serving" in output.read_text())
+        secured.api_key, secured.url = (
+            output.read_text().partition(words)[2].split()[0] for words in ("shown this once: ", "gRPC and HTTP")
+        )
+        yield secured
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def kill_nginx(secured: Secured) -> None:
+    (nginx,) = secured.children("nginx")
+    nginx.kill()
+
+
+def kill_a_worker(secured: Secured) -> None:
+    (nginx,) = secured.children("nginx")
+    nginx.children()[0].kill()
+
+
+def kill_a_replica(secured: Secured) -> None:
+    secured.children("triton")[0].kill()
+
+
+def stop_a_replica(secured: Secured) -> None:
+    secured.children("triton")[0].suspend()
+
+
+@pytest.mark.parametrize(
+    ("what", "fault"),
+    [
+        ("kill -9 of nginx", kill_nginx),
+        ("kill -9 of nginx's worker", kill_a_worker),
+        ("kill -9 of one of two replicas behind nginx", kill_a_replica),
+        ("SIGSTOP of one of two replicas behind nginx", stop_a_replica),
+    ],
+)
+def test_a_fault_behind_one_address_costs_no_frame(
+    secured: Secured, judge: Callable[[str, Verdict], None], what: str, fault: Callable[[Secured], None]
+) -> None:
+    with Viewers([secured.url], api_key=secured.api_key, tls=secured.tls) as viewers:
+        time.sleep(supervisor.STABLE_SECONDS)
+        before = {*secured.children("nginx"), *secured.children("triton")}
+        viewers.fault()
+        fault(secured)
+        viewers.wait_until_all_see()
+        judge(what, viewers.verdict())
+    secured.wait_until(
+        lambda: len({*secured.children("nginx"), *secured.children("triton")}) == len(before) and secured.answers()
+    )
