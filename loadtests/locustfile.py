@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -14,6 +15,7 @@ import gevent
 import grpc.experimental.gevent
 import locust
 from locust.env import Environment
+from locust.exception import RPCError
 from locust.runners import MasterRunner, WorkerRunner
 
 from loadtests import report
@@ -28,9 +30,12 @@ grpc.experimental.gevent.init_gevent()  # before any channel is made; without it
 
 KEY = "talksplat"  # of a worker's report to its master
 SPAWN_RATE = 10  # users a second that a shape starts, without --spawn-rate
+FINISH, FINISHED = "talksplat finish", "talksplat finished"  # messages to a worker, and back with its last figures
+FINISH_SECONDS = 10.0
 WATCH_SECONDS = 0.1  # between two looks at the number of users
 
 figures = Figures()  # of all machines; empty on a worker
+workers: dict[str, bool] = {}  # that have reported; whether they have handed over their last figures
 exit_code: int | None = None
 
 
@@ -74,11 +79,15 @@ def prepare(environment: Environment, runner: Any, **_: Any) -> None:
         environment.user_classes = [ConversationUser]  # flat out beside others would only break their SLO
     if isinstance(runner, WorkerRunner):
         hooks.report_to_master.add_listener(_send)
+        runner.register_message(FINISH, _finish)
         return
     if options.shape:
         environment.shape_class = Shape(options)
         environment.shape_class.runner = runner
-    hooks.worker_report.add_listener(_receive)
+    if isinstance(runner, MasterRunner):
+        hooks.worker_report.add_listener(_receive)
+        hooks.test_stop.add_listener(_collect_the_rest)
+        runner.register_message(FINISHED, _receive_last)
     gevent.spawn(_watch, runner)
 
 
@@ -87,18 +96,23 @@ def forget(**_: Any) -> None:
     global figures
     TALLY.reset()
     figures = Figures()
+    workers.clear()
 
 
 def give_verdict(environment: Environment, **_: Any) -> None:
     """Print what was measured, draw the curve, and settle the exit code."""
-    if isinstance(environment.runner, WorkerRunner) or environment.runner is None:
+    if isinstance(environment.runner, WorkerRunner):
+        _finish(environment)  # Ctrl-C reaches workers of this machine, too
         return
+    assert environment.runner is not None
     if environment.runner.state in ("spawning", "running"):  # Ctrl-C: users have not been stopped yet
         environment.runner.quit()
     _take_own(environment.runner)
     options: Any = environment.parsed_options
     limits = Slo(**{limit.name: getattr(options, f"slo_{limit.name}") for limit in fields(Slo)})
     verdict = judge(figures, limits, options.slo_interrupt_p95_ms, refusals_allowed=options.allow_refused)
+    if unfinished := [worker for worker, finished in workers.items() if not finished]:
+        verdict.doubts.append(f"{len(unfinished)} workers have not handed over their last figures")
     verdict.broken.extend(
         f"the load test itself failed: {each['msg']}" for each in environment.runner.exceptions.values()
     )
@@ -132,12 +146,36 @@ def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
+def _finish(environment: Environment, **_: Any) -> None:
+    """The worker's part of the end: stop, and hand over what is left."""
+    assert isinstance(environment.runner, WorkerRunner)
+    environment.runner.stop()
+    environment.runner.send_message(FINISHED, TALLY.drain())
+
+
+def _receive_last(msg: Any, **_: Any) -> None:
+    figures.add(msg.node_id, msg.data, time.perf_counter())
+    workers[msg.node_id] = True
+
+
+def _collect_the_rest(environment: Environment, **_: Any) -> None:
+    """The master's part: locust itself gives workers half a second for their last report, however busy they are."""
+    runner: Any = environment.runner
+    for worker in list(workers):
+        with contextlib.suppress(RPCError):  # it is gone
+            runner.send_message(FINISH, None, worker)
+    with gevent.Timeout(FINISH_SECONDS, False):
+        while not all(workers.values()):
+            gevent.sleep(WATCH_SECONDS)
+
+
 def _send(client_id: str, data: dict[str, Any]) -> None:
     data[KEY] = TALLY.drain()
 
 
 def _receive(client_id: str, data: dict[str, Any]) -> None:
     if KEY in data:
+        workers.setdefault(client_id, False)
         figures.add(client_id, data[KEY], time.perf_counter())
 
 

@@ -98,10 +98,10 @@ def test_the_gate_sees_all_that_the_workers_measured_step_by_step(host: str, tmp
     files = ["--csv", f"{tmp_path}/run", "--curve", f"{tmp_path}/curve.png"]
     run = locust("FlatOutUser", "--processes", "2", *shape, *files, host=host)
     assert run.code == PASSED, run.output
-    requests = {row["Name"]: int(row["Request Count"]) for row in rows(tmp_path / "run_stats.csv")}  # locust's own
+    requests = {row["Name"]: int(row["Request Count"]) for row in rows(tmp_path / "run_stats.csv")}  # as locust heard
     judged = re.search(r"flat out │\s*(\d+)", run.output)
     assert judged is not None
-    assert int(judged[1]) == clock.CHUNK_FRAMES * requests["chunk, flat out"]
+    assert int(judged[1]) >= clock.CHUNK_FRAMES * requests["chunk, flat out"]
     table = rows(tmp_path / "curve.csv")
     assert [row["users"] for row in table] == ["2", "4"]
     for row in table:
