@@ -46,10 +46,11 @@ types: $(VENV)/.dev  ## mypy --strict
 	$(BIN)/mypy
 
 .PHONY: bench
-bench: models  ## every benchmark; prints tables, writes bench/NAME.json
+bench: models $(VENV)/.dev  ## every benchmark; prints tables, writes bench/NAME.json
 	$(BIN)/talksplat-server bench splat --json bench/splat.json
 	$(BIN)/talksplat-server bench preload --json bench/preload.json
-	$(BIN)/talksplat-server bench animate --json bench/animate.json
+	$(BIN)/python -m loadtests.profile --json bench/profile.json
+	$(BIN)/python -m loadtests.capacity --json bench/capacity.json
 	$(MAKE) bench-recordings
 
 # A folder with faces/, speech/ and models/. All of it takes an hour on two cores, of which Huma 1's fit in runs/compare

@@ -2,8 +2,9 @@
 
 It is the usual design of such services, done with care: the same nets in the same runtime, the same rasterizer, caches
 and JPEG encoder, the same protocol (a window of audio in, the JPEGs of its chunk out), all cores inside a request (the
-frames of a chunk are drawn by all threads; the nets, too small to be shared out, run in one). Requests wait in one
-queue for one worker thread, so that the event loop stays free to read and write. What it lacks is what Triton adds:
+frames of a chunk are drawn by all threads; the nets, too small to be shared out, run in one). Requests wait for one
+worker thread, so that the event loop stays free to read and write; whose client has gone meanwhile is passed over. What
+it lacks is what Triton adds:
 batches, steps of different requests side by side, processes without a common GIL.
 
 ``POST /animate?avatar=ava&frame_index=0&size=512&seed=0``, body: f32 [WINDOW]; answer: four JPEGs, one after the other,
@@ -86,7 +87,7 @@ def _net(path: Path) -> ort.InferenceSession:
 def application(avatars: Path) -> FastAPI:
     """The server's routes."""
     pipeline = Pipeline(avatars)
-    worker = ThreadPoolExecutor(1)
+    worker, turn = ThreadPoolExecutor(1), asyncio.Lock()
     app = FastAPI()
 
     @app.get("/health")
@@ -98,9 +99,12 @@ def application(avatars: Path) -> FastAPI:
         audio = await request.body()
         try:
             options = Options(size=size, seed=seed)
-            frames = await asyncio.get_running_loop().run_in_executor(
-                worker, pipeline.animate, audio, avatar, frame_index, options
-            )
+            async with turn:
+                if await request.is_disconnected():
+                    return Response(status_code=499)  # nobody reads it
+                frames = await asyncio.get_running_loop().run_in_executor(
+                    worker, pipeline.animate, audio, avatar, frame_index, options
+                )
         except RequestError as error:
             return Response(str(error), 422)
         except (bundle.UnknownAvatarError, bundle.BundleError) as error:

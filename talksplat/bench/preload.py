@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 import numpy as np
 import tritonclient.grpc as triton
 
 from talksplat import avatar as bundle
+from talksplat.bench._ask import operate
 from talksplat.bench._report import Row, report
 from talksplat.bench._server import serving
 from talksplat.server import ROOT
@@ -38,12 +38,3 @@ def run(arguments: argparse.Namespace) -> int:
             rows.append({"avatar": avatar, "cold_ms": max(cold), "warm_ms": float(np.median(warm))})
     report("preload", rows, arguments.json)
     return 0
-
-
-def operate(client: triton.InferenceServerClient, operation: str, avatar: str) -> float:
-    """Milliseconds that the operation took."""
-    name = triton.InferInput("AVATAR", [1, 1], "BYTES")
-    name.set_data_from_numpy(np.array([[avatar.encode()]], np.object_))
-    began = time.perf_counter()
-    client.infer("rasterizer", [name], parameters={"operation": operation})
-    return 1e3 * (time.perf_counter() - began)

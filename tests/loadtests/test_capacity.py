@@ -11,7 +11,7 @@ from make_avatar import write_avatar
 from PIL import Image
 
 from loadtests import capacity, streams
-from loadtests.capacity import QUICK, Bench, largest
+from loadtests.capacity import QUICK, Bench, decisive, largest
 from loadtests.cast import cast, crowd
 from loadtests.streams import Generator, Triton
 from talksplat import avatar as bundle
@@ -43,6 +43,21 @@ def test_a_coarse_search_ends_below_the_limit_and_near_it(limit: int, stride: in
 
 def test_a_search_can_be_bounded() -> None:
     assert largest(lambda _: True, 3, 1, most=7) == 6
+
+
+def test_the_longest_and_last_run_of_a_number_counts() -> None:
+    def run(streams: int, seconds: float, ok: bool, size: int = 512) -> Row:
+        return {"size": size, "streams": streams, "seconds": seconds, "slo_ok": ok}
+
+    runs = [
+        run(1, 9, True),
+        run(8, 9, False),
+        run(8, 9, True),
+        run(8, 25, False),
+        run(7, 25, True),
+        run(8, 9, True, 256),
+    ]
+    assert decisive(runs) == [run(1, 9, True), run(7, 25, True), run(8, 25, False), run(8, 9, True, 256)]
 
 
 def test_a_cast_is_of_separate_avatars_and_a_crowd_of_links(tmp_path: Path) -> None:
