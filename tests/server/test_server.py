@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -72,6 +73,13 @@ def animate(
     assert speech.shape == (len(windows), clock.CHUNK_FRAMES)
     assert ((speech >= 0) & (speech <= 1)).all()
     return [list(frames) for frames in result.as_numpy("FRAMES")]
+
+
+def idle(client: triton.InferenceServerClient, avatar: str, index: int, **parameters: Any) -> list[bytes]:
+    """The frames of a chunk in which nobody speaks."""
+    asked = [tensor("AVATAR", ids(avatar), "BYTES"), tensor("FRAME_INDEX", np.array([[index]]), "INT64")]
+    result = client.infer("rasterizer", asked, parameters=parameters or None, client_timeout=60)
+    return list(result.as_numpy("FRAMES")[0])
 
 
 def operate(client: triton.InferenceServerClient, operation: str, avatar: str = "") -> dict[str, Any]:
@@ -184,6 +192,47 @@ def test_an_utterance_gives_the_frames_of_its_chunks(client: triton.InferenceSer
     assert result.as_numpy("SPEECH").shape == (len(windows), clock.CHUNK_FRAMES)
     whole = [list(frames) for frames in result.as_numpy("FRAMES")]
     assert whole == animate(client, windows, [BLUE] * len(windows), indices)
+
+
+def test_an_idle_chunk_is_what_animate_gives_on_silence_byte_for_byte(client: triton.InferenceServerClient) -> None:
+    silence = framing.windows(np.zeros(clock.CHUNK_SAMPLES, np.float32))
+    for index, parameters in ((0, {}), (96, {"seed": 5}), (8, {"size": 32, "quality": 60}), (4, {"format": "raw"})):
+        assert idle(client, BLUE, index, **parameters) == animate(client, silence, [BLUE], [index], **parameters)[0]
+
+
+def test_a_chunk_is_rendered_only_before_its_deadline(client: triton.InferenceServerClient) -> None:
+    windows = framing.windows(voice(0.16))
+    assert animate(client, windows, [RED], [0], deadline_ms=60_000) == animate(client, windows, [RED], [0])
+    asked = [tensor("AVATAR", ids(RED), "BYTES"), tensor("FRAME_INDEX", np.zeros((1, 1), np.int64), "INT64")]
+    arrived = tensor("ARRIVED", np.array([[time.monotonic() - 3]]), "FP64")
+    assert client.infer("rasterizer", [*asked, arrived], parameters={"deadline_ms": 60_000}).as_numpy("FRAMES").size
+    with pytest.raises(
+        InferenceServerException, match=r"The chunk is 3\d\d\d ms old, beyond its deadline of 2500 ms\."
+    ) as caught:
+        client.infer("rasterizer", [*asked, arrived], parameters={"deadline_ms": 2500})
+    assert caught.value.status() == "StatusCode.CANCELLED"
+    with pytest.raises(InferenceServerException, match="ARRIVED") as caught:
+        client.infer("rasterizer", [*asked, tensor("ARRIVED", np.array([[np.nan]]), "FP64")])
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_half_of_what_a_speaking_chunk_needs_is_invalid(client: triton.InferenceServerClient) -> None:
+    asked = [tensor("AVATAR", ids(RED), "BYTES"), tensor("FRAME_INDEX", np.zeros((1, 1), np.int64), "INT64")]
+    speech = tensor("SPEECH", np.zeros((1, clock.CHUNK_FRAMES), np.float32), "FP32")
+    coefficients = tensor("COEFFICIENTS", np.zeros((1, clock.CHUNK_FRAMES, 20), np.float32), "FP32")
+    for half, missing in ((speech, "COEFFICIENTS"), (coefficients, "SPEECH")):
+        with pytest.raises(InferenceServerException, match=f"{missing} is missing") as caught:
+            client.infer("rasterizer", [*asked, half])
+        assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_requests_are_answered_though_an_operation_takes_its_time(client: triton.InferenceServerClient) -> None:
+    """More operations than there are threads for them, and chunks between them."""
+    with ThreadPoolExecutor(16) as pool:
+        reports = [pool.submit(operate, client, "preload", name) for name in ("violet", "grey", RED, BLUE) * 3]
+        chunks = [pool.submit(idle, client, (RED, GREEN)[number % 2], 4 * number) for number in range(24)]
+        assert all(report.result(60)["loaded"] for report in reports)
+        assert all(len(frames.result(60)) == clock.CHUNK_FRAMES for frames in chunks)
 
 
 def test_avatars_are_listed_loaded_and_forgotten(client: triton.InferenceServerClient) -> None:
