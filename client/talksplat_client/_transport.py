@@ -35,7 +35,7 @@ CHANNEL_OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # a peer that is silent for 2 s of a request is asked whether it lives, and has 2 s to say so; without a request
-    # nothing is asked, so that no server takes offence (GOAWAY, too_many_pings)
+    # nothing is asked. gRPC's servers take offence (GOAWAY, too_many_pings) after two minutes of one silent request
     ("grpc.keepalive_time_ms", 2000),
     ("grpc.http2.ping_timeout_ms", 2000),
     ("grpc.keepalive_timeout_ms", 2000),  # for the kernel: TCP_USER_TIMEOUT
