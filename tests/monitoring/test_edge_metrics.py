@@ -18,7 +18,7 @@ from talksplat_client import Client, TalksplatError, Tls
 def page(address: Address) -> str:
     context = ssl.create_default_context(cafile=str(address.certificate))
     connection = http.client.HTTPSConnection(address.host, address.port, timeout=10, context=context)
-    connection.request("GET", "/metrics")
+    connection.request("GET", "/edge/metrics")
     response = connection.getresponse()
     assert response.status == 200
     text = response.read().decode()
