@@ -321,6 +321,17 @@ def test_a_bundle_cut_short_on_disk_while_it_is_loaded_is_drawn_on(
         animator.preload("red")
 
 
+def test_avatars_that_are_drawn_are_not_evicted_by_a_crowd_of_others(tmp_path: Path) -> None:
+    names = [f"a{number}" for number in range(12)]
+    for name in names:
+        write_avatar(tmp_path, name, size=32)
+    asked = [chunk(names[number * 7 % len(names)], number) for number in range(60)]
+    crowded = Animator(tmp_path, avatar_bytes=1, plate_bytes=1, resting_bytes=1)
+    futures = [crowded.submit([each]) for each in asked]
+    assert [future.result(30)[0] for future in futures] == Animator(tmp_path).render(asked)
+    assert len(crowded._avatars.ids()) == 1
+
+
 def test_avatars_switched_a_thousand_times_take_no_more_memory(tmp_path: Path) -> None:
     names = [f"a{number}" for number in range(20)]
     for name in names:
