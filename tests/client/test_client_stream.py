@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
+import struct
 import tracemalloc
 from collections.abc import Iterable
 from dataclasses import replace
@@ -197,13 +199,27 @@ def test_a_truncated_answer_is_a_server_error() -> None:
         StreamCore(NEW, THE_CLOCK).frames(0, wrong)
 
 
-SOME_STATE = replace(NEW, seed=-3, size=256, format="raw", quality=70, frame=9, start=123, samples=noise(20_000))
+SOME_STATE = replace(
+    NEW, seed=-3, size=256, format="raw", quality=70, deadline=0.5, frame=9, start=123, samples=noise(20_000)
+)
 
 
 def test_a_state_survives_the_way_through_bytes() -> None:
     copy = StreamState.from_bytes(SOME_STATE.to_bytes())
     np.testing.assert_array_equal(copy.samples, SOME_STATE.samples)
     assert replace(copy, samples=NEW.samples).__dict__ == replace(SOME_STATE, samples=NEW.samples).__dict__
+
+
+def test_a_state_of_the_first_version_has_no_deadline_and_takes_a_new_place() -> None:
+    body = SOME_STATE.to_bytes()[:-32]
+    length = int.from_bytes(body[18:22], "little")
+    values = json.loads(body[22 : 22 + length])
+    del values["deadline"], values["id"]
+    header = json.dumps(values).encode()
+    body = body[:16] + struct.pack("<HI", 1, len(header)) + header + body[22 + length :]
+    old = StreamState.from_bytes(body + hashlib.sha256(body).digest())
+    assert (old.frame, old.seed, old.deadline) == (SOME_STATE.frame, SOME_STATE.seed, None)
+    assert old.id != SOME_STATE.id
 
 
 @settings(max_examples=50)
@@ -249,6 +265,12 @@ def test_a_state_of_another_clock_is_refused() -> None:
         {"size": 100_000},
         {"seed": 2**63},
         {"sample_rate": 100},
+        {"deadline": 0},
+        {"deadline": float("nan")},
+        {"deadline": 1e9},
+        {"id": ""},
+        {"id": "a b"},
+        {"id": "x" * 65},
     ],
 )
 def test_senseless_arguments_are_refused_before_anything_is_sent(wrong: dict[str, Any]) -> None:
