@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import logging
 import math
 import os
 import threading
@@ -31,11 +32,14 @@ from talksplat import clock, splat
 from talksplat.avatar import AnyAvatar, Avatar, BundleError, Huma1Avatar
 from talksplat.cache import AvatarCache, ByteCache, CacheCounts
 from talksplat.framing import RequestError
+from talksplat.log import Fields
 from talksplat.schedule import BusyError, DeadlineError, Due, Schedule
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 FORMATS = ("jpeg", "raw")
 SPEECH_EDGES = (0.1, 0.5)  # below the first the face rests, above the second it follows the voice in full
@@ -395,6 +399,7 @@ class Animator:
         return self._plates.get(loaded, (index, width, height), lambda: _decoded(loaded.avatar, index, width, height))
 
     def _forget(self, loaded: _Loaded) -> None:
+        _log.info("released", extra=Fields(avatar=loaded.avatar.id))
         self._plates.forget(loaded)
         self._resting.forget(loaded)
 
@@ -496,7 +501,10 @@ class _Loaded:
 
     @classmethod
     def read(cls, root: Path, avatar_id: str) -> Self:
-        return cls(bundle.read(root, avatar_id, AnyAvatar))
+        began = time.perf_counter()
+        loaded = cls(bundle.read(root, avatar_id, AnyAvatar))
+        _log.info("loaded", extra=Fields(avatar=avatar_id, milliseconds=1e3 * (time.perf_counter() - began)))
+        return loaded
 
     @cached_property
     def shapes(self) -> splat.Blendshapes:

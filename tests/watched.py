@@ -67,14 +67,14 @@ class Watched:
         assert self.server.run_dir is not None
         return (self.server.run_dir / "triton.log").read_text()
 
+    def lines(self, **fields: Any) -> list[dict[str, Any]]:
+        """Those of the log that are JSON and have these fields."""
+        lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
+        return [line for line in lines if fields.items() <= line.items()]
+
     def line(self, **fields: Any) -> dict[str, Any]:
-        """The one line of the log that is JSON and has these fields, once it is there."""
-
-        def found() -> list[dict[str, Any]]:
-            lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
-            return [line for line in lines if fields.items() <= line.items()]
-
-        (line,) = wait_for(found)
+        """The only one, once it is there."""
+        (line,) = wait_for(lambda: self.lines(**fields))
         return line
 
     def spans(self, **fields: str) -> list[Span]:

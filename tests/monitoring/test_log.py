@@ -122,12 +122,17 @@ def test_refusals_have_their_reason(watched: Watched) -> None:
 
 
 def test_loading_and_unloading_are_told(watched: Watched) -> None:
+    watched.operate("preload", "green", tenant="bolt")
     watched.operate("unload", "green", tenant="bolt", request_id="away")
     watched.operate("preload", "green", tenant="bolt", request_id="back")
     away = watched.line(request_id="away", event="unload")
     back = watched.line(request_id="back", event="preload")
     assert (away["avatar"], back["avatar"], back["level"]) == ("green", "green", "info")
     assert back["milliseconds"] > 0
+    released = watched.lines(event="released", avatar="green")
+    loaded = watched.lines(event="loaded", avatar="green")
+    assert away["time"] >= released[-1]["time"]
+    assert released[-1]["time"] <= loaded[-1]["time"] <= back["time"]
 
 
 def test_what_was_said_is_nowhere(watched: Watched) -> None:
