@@ -163,11 +163,11 @@ function edge.forbid()
   return refuse(403, "This is not served here.")
 end
 
--- Takes the first free place of a stream; a place comes free when its lease ends. `add` is atomic: no two get the same.
-local function take(prefix, places, seconds)
+-- Takes the first free place for a stream; a place comes free when its lease ends. `add` is atomic: no two get the same.
+local function take(prefix, places)
   for number = 1, places do
     local place = prefix .. number
-    if leases:safe_add(place, true, seconds) then
+    if leases:safe_add(place, true, LEASE_SECONDS) then
       return place
     end
   end
@@ -185,30 +185,46 @@ local function renew(lease, seconds)
 end
 
 -- Lets a stream in that has a lease, or for which there is one.
-local function admit(model)
-  local stream = ngx.var.http_x_talksplat_stream
-  if stream and (#stream > 64 or stream:find("[^A-Za-z0-9_-]") or stream == "") then
-    return refuse(400, "x-talksplat-stream is 1 to 64 of A-Z, a-z, 0-9, '-' and '_'.")
-  end
-  if not stream and model == MODELS.rasterizer then
-    return -- an operation belongs to no stream
-  end
+local function admit(name)
   local tenant = ngx.ctx.tenant
-  local lease = tenant.name .. "/" .. (stream or "connection " .. ngx.var.connection)
-  local seconds = model.kind == "chunk" and LEASE_SECONDS or LONG_SECONDS
-  if not renew(lease, seconds) then
-    local own = take(tenant.name .. "#", tenant.streams, seconds)
+  local lease = tenant.name .. "/" .. name
+  if not renew(lease, LEASE_SECONDS) then
+    local own = take(tenant.name .. "#", tenant.streams)
     if not own then
       return refuse(429, "The tenant has as many streams as it may have at a time.", LEASE_SECONDS)
     end
-    local shared = take("#", machine_streams, seconds)
+    local shared = take("#", machine_streams)
     if not shared then
       leases:delete(own)
       return refuse(429, "The machine has as many streams as it can carry.", LEASE_SECONDS)
     end
-    leases:set(lease, own .. " " .. shared, seconds)
+    leases:set(lease, own .. " " .. shared, LEASE_SECONDS)
   end
-  ngx.var.stream, ngx.var.lease = stream or "", lease
+  ngx.var.lease = lease
+end
+
+-- A stream with an id is let in, or not, before its audio is read.
+local function admit_by_header()
+  local stream = ngx.var.http_x_talksplat_stream
+  if not stream then
+    return
+  end
+  if #stream > 64 or stream:find("[^A-Za-z0-9_-]") or stream == "" then
+    return refuse(400, "x-talksplat-stream is 1 to 64 of A-Z, a-z, 0-9, '-' and '_'.")
+  end
+  ngx.var.stream = stream
+  admit(stream)
+end
+
+-- Passes a request on that is known to be for a model; without an id its connection stands for the stream.
+local function pass(protocol, model)
+  if ngx.var.lease == "" and model ~= MODELS.rasterizer then -- whose operations belong to no stream
+    admit("connection " .. ngx.var.connection)
+  end
+  if model.kind == "long" then
+    renew(ngx.var.lease, LONG_SECONDS)
+  end
+  return ngx.exec(protocol .. model.kind)
 end
 
 -- A request is answered. Was it a long one, its stream has as long as any other from now on.
@@ -306,6 +322,7 @@ local function known_model(name)
 end
 
 function edge.infer_by_grpc()
+  admit_by_header()
   local strings, size = grpc_message()
   local model = known_model(strings[1]) -- model_name
   if size > model.bytes then
@@ -315,8 +332,7 @@ function edge.infer_by_grpc()
   if id and #id <= 128 and not id:find("[^A-Za-z0-9._:-]") then
     ngx.var.id = id
   end
-  admit(model)
-  return ngx.exec("@grpc_" .. model.kind)
+  return pass("@grpc_", model)
 end
 
 function edge.infer_by_http()
@@ -324,9 +340,9 @@ function edge.infer_by_http()
   if ngx.var.http_content_encoding then
     return refuse(415, COMPRESSED) -- a small one may unpack to anything
   end
+  admit_by_header()
   body_of(model.bytes)
-  admit(model)
-  return ngx.exec("@http_" .. model.kind)
+  return pass("@http_", model)
 end
 
 function edge.describe_by_grpc()
