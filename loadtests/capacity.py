@@ -46,7 +46,6 @@ from talksplat.bench._ask import animate, operate
 from talksplat.bench._report import Row, report
 from talksplat.server import ROOT, Ports, Server
 
-SPEECH = ROOT / "demo" / "speech.wav"
 SETTLING = 20  # times half a second that a server gets after a run that was too much for it
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds, in which the kernel counts processor time
 MODELS = ("audio_encoder", "rasterizer")  # whose batch sizes are reported
@@ -381,7 +380,7 @@ class Bench:
         return triton.InferenceServerClient(self.server.grpc_url)
 
     def _load(self, size: int, streams: int, seconds: float, kind: Kind = "speaking") -> Load:
-        return Load(streams, self.avatars, size, seconds, (kind,), SPEECH, self.plan.chunks)
+        return Load(streams, self.avatars, size, seconds, (kind,), chunks=self.plan.chunks)
 
 
 COST_COLUMNS = ("streams", "server_cpu_s_per_stream_s", "generator_cpu_s_per_stream_s", "chunk_p50_ms", "chunk_p99_ms")

@@ -37,7 +37,6 @@ from talksplat.server import ROOT, Server
 
 Float32 = npt.NDArray[np.float32]
 
-SPEECH = ROOT / "demo" / "speech.wav"
 NETS = ("audio_encoder", "vad", "deformation")
 DRAWN = ("composite", "blend", "splat", "jpeg")  # stages in the rasterizer
 CHUNKS = 150  # through every stage, for a median
@@ -66,7 +65,7 @@ def measure(
     work = stages(server.avatars, avatar, size, chunks)
     rows: list[Row] = [{"view": "stage", "part": part, **times} for part, times in work.items()]
     for kind, streams in LOADS:
-        load = Load(streams, (avatar,), size, seconds, speech=SPEECH)
+        load = Load(streams, (avatar,), size, seconds)
         assert server.pid is not None
         watch = Watch(server.pid, server.grpc_url)
         drive = generator.paced if kind == "paced" else generator.flat_out
@@ -113,7 +112,7 @@ def stages(avatars: Path, avatar_id: str, size: int, chunks: int) -> dict[str, R
 
 
 def _stages(avatars: Path, avatar_id: str, size: int, chunks: int) -> dict[str, float]:
-    voice = [np.frombuffer(window, np.float32)[None] for window in windows(SPEECH)]
+    voice = [np.frombuffer(window, np.float32)[None] for window in windows()]
     avatar = bundle.read(avatars, avatar_id)
     nets = {name: _net(name) for name in NETS}
     adapter_in, adapter_out = (tensor[None] for tensor in bundle.read_adapter(avatars, avatar_id))

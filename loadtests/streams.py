@@ -33,13 +33,15 @@ from tritonclient.grpc import service_pb2
 
 from loadtests.slo import CHUNK_SECONDS, FIRST_DUE_SECONDS, Float64, Playout, due
 from talksplat import clock
+from talksplat.server import ROOT
 
 Kind: TypeAlias = Literal["speaking", "silent", "idle"]
 
 FLAT_OUT_WARM_UP_SECONDS = 1.0
 TIMEOUT_SECONDS = 5.0  # of one request
 LEAD_SECONDS = 0.5  # for the generator to make its requests in
-SYNTHETIC_CHUNKS = 50
+SPEECH = ROOT / "demo" / "speech.wav"
+QUIET = 0.05  # of the loudest chunk: what is below is a pause
 JPEG_BEGINS = b"\xff\xd8\xff"  # nowhere else in a JPEG: there, 0 follows every 255
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 CHANNEL_OPTIONS = [
@@ -156,7 +158,7 @@ class Load:
     size: int = 512  # pixels a side
     seconds: float = 20.0  # measured, after the warm-up
     kinds: tuple[Kind, ...] = ("speaking",)  # of a viewer's streams, in turn
-    speech: Path | None = None  # WAV, 16 kHz mono 16 bit; by default synthetic
+    speech: Path = SPEECH  # WAV, 16 kHz mono 16 bit; its pauses are left out
     chunks: int = 25  # of a stream: 4 s
     seed: int = 0  # of when streams start and what they say
 
@@ -436,30 +438,21 @@ SILENCE = bytes(4 * clock.WINDOW)
 
 
 @functools.lru_cache(None)
-def windows(speech: Path | None = None) -> tuple[bytes, ...]:
-    """A recording's (or the synthetic voice's) chunk after chunk, each in its window of f32 [WINDOW].
+def windows(speech: Path = SPEECH) -> tuple[bytes, ...]:
+    """A recording's chunks in which somebody speaks, each in its window of f32 [WINDOW].
+
+    Pauses are left out: whose face is at rest costs next to nothing, and a speaking stream is to be one.
 
     Raises:
-        ValueError: the file is too short or not 16 kHz mono 16 bit.
+        ValueError: the file is too short or not WAV of 16 kHz, mono, 16 bit.
     """
-    if speech is None:
-        audio = voice(SYNTHETIC_CHUNKS)
-    else:
-        with wave.open(str(speech)) as file:
-            if (file.getframerate(), file.getnchannels(), file.getsampwidth()) != (clock.SAMPLE_RATE, 1, 2):
-                raise ValueError(f"{speech} is not WAV of {clock.SAMPLE_RATE} Hz, mono, 16 bit.")
-            audio = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype("<f4") / 32768
+    with wave.open(str(speech)) as file:
+        if (file.getframerate(), file.getnchannels(), file.getsampwidth()) != (clock.SAMPLE_RATE, 1, 2):
+            raise ValueError(f"{speech} is not WAV of {clock.SAMPLE_RATE} Hz, mono, 16 bit.")
+        audio = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype("<f4") / 32768
     begins = range(0, len(audio) - clock.WINDOW + 1, clock.CHUNK_SAMPLES)
     if not begins:
         raise ValueError(f"{speech} is shorter than a window of {clock.WINDOW / clock.SAMPLE_RATE} s.")
-    return tuple(audio[begin : begin + clock.WINDOW].tobytes() for begin in begins)
-
-
-def voice(chunks: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    """Something that a detector takes for speech: harmonics of a wandering pitch in syllables of 200 ms."""
-    samples = (chunks - 1) * clock.CHUNK_SAMPLES + clock.WINDOW
-    t = np.arange(samples) / clock.SAMPLE_RATE
-    phase = 2 * np.pi * np.cumsum(110 + 20 * np.sin(2 * np.pi * 0.5 * t)) / clock.SAMPLE_RATE
-    tone = sum(np.sin(k * phase) / k for k in range(1, 25))
-    syllables = 0.5 - 0.5 * np.cos(2 * np.pi * 5 * t)
-    return np.asarray(0.2 * tone * syllables, np.float32)
+    cut = np.stack([audio[begin : begin + clock.WINDOW] for begin in begins])
+    loudness = cut[:, clock.LEFT_CONTEXT : -clock.LOOK_AHEAD].std(1)  # of the chunks themselves
+    return tuple(window.tobytes() for window in cut[loudness >= QUIET * loudness.max()])

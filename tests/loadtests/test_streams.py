@@ -1,5 +1,6 @@
 import threading
 import time
+import wave
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from loadtests import streams
 from loadtests.slo import CHUNK_SECONDS, Summary, due
 from loadtests.streams import JPEG_BEGINS, SILENCE, Ask, Generator, Load, Triton, schedule, windows
 from talksplat import clock
+from talksplat.animator import gate
 from talksplat.server import ROOT, Server
 
 loads = st.builds(
@@ -76,13 +79,41 @@ def test_a_request_is_one_message_with_all_inputs() -> None:
     assert set(inputs(idle)) == {"AVATAR", "FRAME_INDEX"}
 
 
-def test_speech_is_cut_into_windows_a_chunk_apart(tmp_path: Path) -> None:
-    cut = windows(ROOT / "demo" / "speech.wav")
-    first, second = (np.frombuffer(each, "<f4") for each in cut[:2])
-    assert len(first) == clock.WINDOW
+def recording(path: Path, *parts: np.ndarray[Any, Any], rate: int = clock.SAMPLE_RATE) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((32767 * np.concatenate(parts)).astype("<i2").tobytes())
+    return path
+
+
+def test_speech_is_cut_into_windows_and_its_pauses_are_left_out(tmp_path: Path) -> None:
+    loud = np.random.default_rng(0).uniform(-0.5, 0.5, clock.WINDOW + 3 * clock.CHUNK_SAMPLES)
+    pause = np.zeros(20 * clock.CHUNK_SAMPLES)
+    without = windows(recording(tmp_path / "a.wav", loud))
+    assert len(without) == 4
+    first, second = (np.frombuffer(each, "<f4") for each in without[:2])
     np.testing.assert_array_equal(first[clock.CHUNK_SAMPLES :], second[: -clock.CHUNK_SAMPLES])
+    whole = (clock.LEFT_CONTEXT + 4 * clock.CHUNK_SAMPLES) / clock.CHUNK_SAMPLES  # chunks that are heard at all
+    assert len(without) <= len(windows(recording(tmp_path / "b.wav", loud, pause))) <= whole + 2
+
+
+def test_the_projects_speech_never_rests() -> None:
+    """Else streams would be cheaper than those of people who speak."""
+    net = ort.InferenceSession(str(ROOT / "model_repository" / "vad" / "1" / "model.onnx"))
+    for window in windows():
+        [speech] = net.run(["SPEECH"], {"AUDIO": np.frombuffer(window, np.float32)[None]})
+        assert (gate(speech[0]) > 0).all()
+
+
+def test_a_recording_that_can_not_be_cut_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         windows(tmp_path / "none.wav")
+    with pytest.raises(ValueError, match="shorter than a window"):
+        windows(recording(tmp_path / "short.wav", np.zeros(100)))
+    with pytest.raises(ValueError, match="is not WAV of 16000 Hz"):
+        windows(recording(tmp_path / "fast.wav", np.zeros(100), rate=48_000))
 
 
 class _JpegServer(ScriptedServer):
