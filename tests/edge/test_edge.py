@@ -173,16 +173,7 @@ def secure(nginx: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     write_tenants(file, **TENANTS)
     run_dir, output, port = folder / "run", folder / "output.txt", Ports.free().http
     command = [sys.executable, "-m", "talksplat.cli", "secure", "--replicas", "2", "--free-ports"]
-    command += [
-        "--port",
-        str(port),
-        "--avatars",
-        str(folder / "avatars"),
-        "--tenants",
-        str(file),
-        "--run-dir",
-        str(run_dir),
-    ]
+    command += [f"--port={port}", f"--avatars={folder / 'avatars'}", f"--tenants={file}", f"--run-dir={run_dir}"]
     with output.open("wb") as written:
         process = subprocess.Popen(command, cwd=ROOT, stdout=written, stderr=subprocess.STDOUT)
     found = Secure(port, run_dir / "certificate.pem", run_dir, process, output, file)
