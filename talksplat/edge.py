@@ -39,6 +39,7 @@ CERTIFICATE_DAYS = 825
 _START_SECONDS = 5.0
 _STOP_SECONDS = 15.0
 _LOOK_SECONDS = 0.1
+_LAUNCH_SECONDS = 1.0  # between two starts of nginx: one that lived longer is started again at once
 _DNS_SECONDS = 1.0
 
 
@@ -82,6 +83,7 @@ class Edge:
         self._prefix = prefix.resolve()
         self._nginx = find_nginx()
         self._process: subprocess.Popen[bytes] | None = None
+        self._launched = 0.0
         self._written: Tenants | None = None
         self._beats = 0
         self._up: set[Ports] = set()  # replicas that answered their last canary
@@ -113,8 +115,11 @@ class Edge:
 
     def look(self) -> str | None:
         """Follow changes of the tenants file; start nginx again when it has died, and say so."""
-        self._write_tenants()
+        with contextlib.suppress(OSError):  # a full disk may be mended
+            self._write_tenants()
         if self._process is None or (code := self._process.poll()) is None:
+            return None
+        if time.monotonic() < self._launched + _LAUNCH_SECONDS:
             return None
         self._kill()
         self._launch()
@@ -153,7 +158,7 @@ class Edge:
     def _beat(self) -> None:
         with self._lock:
             self._beats += 1
-            if self._prefix.is_dir():
+            with contextlib.suppress(OSError):  # what can't be written down is no sign of health, but no end either
                 _write(self._prefix / "canaries", f"{self._beats}\n" if self._up else "")
 
     def _write_tenants(self) -> None:
@@ -179,6 +184,7 @@ class Edge:
         )
 
     def _launch(self) -> None:
+        self._launched = time.monotonic()
         self._process = subprocess.Popen(
             [self._nginx, "-p", self._prefix, "-c", self._prefix / "nginx.conf", "-e", self._prefix / "error.log"],
             stdin=subprocess.DEVNULL,
@@ -262,7 +268,7 @@ class Secure:
             name = f"replica-{number}"
             server = _Replica(repository, avatars, tenants=tenants, trace=trace, ports=ports, run_dir=run_dir / name)
             server.edge = self._edge
-            self._supervisors.append(Supervisor(server, lambda text, name=name: say(f"{name}: {text}")))  # type: ignore[misc]
+            self._supervisors.append(Supervisor(server, functools.partial(self._say_of, name)))
         self._serving = 0
         self._failure: BaseException | None = None
 
@@ -296,6 +302,9 @@ class Secure:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join(_STOP_SECONDS)
+
+    def _say_of(self, name: str, text: str) -> None:
+        self._say(f"{name}: {text}")
 
     def _keep(self, supervisor: Supervisor) -> None:
         def serving() -> None:

@@ -23,6 +23,8 @@ import grpc
 import numpy as np
 import psutil
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from make_avatar import write_avatar
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
@@ -418,6 +420,16 @@ def test_what_is_no_message_is_refused(secure: Secure, body: bytes) -> None:
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.binary(max_size=300), name=st.none() | st.text(max_size=20))
+def test_any_bytes_are_answered_cleanly(secure: Secure, body: bytes, name: str | None) -> None:
+    if name is not None:
+        body = service_pb2.ModelInferRequest(model_name=name).SerializeToString() + body
+    with pytest.raises(grpc.RpcError) as caught:
+        secure.grpc(f"{SERVICE}/ModelInfer", body)
+    assert caught.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED)
+
+
 def test_what_is_packed_is_refused(secure: Secure) -> None:
     """A small packed request may unpack to any size."""
     error = secure.refused(chunk(), compression=grpc.Compression.Gzip)
@@ -655,6 +667,33 @@ def test_a_replica_that_hangs_costs_two_seconds_once(alone: Callable[..., Alone]
     slow = [each for each in seconds if each > 1.9]
     assert len(slow) == 1
     assert slow[0] < 10
+
+
+def test_a_clock_that_is_set_back_leaves_no_stream_in_for_ever(
+    alone: Callable[..., Alone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    if library is None:
+        pytest.skip("libfaketime is not installed")
+    now = tmp_path / "now"
+    now.write_text("+0")
+    for name, value in {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(now),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    door = alone(Ports.free())  # nobody answers those that are let in
+
+    def code(name: str) -> object:
+        return door.refused(chunk(), tenant="slow", headers=stream(name)).code()
+
+    assert code("first") == grpc.StatusCode.UNAVAILABLE
+    assert code("second") == grpc.StatusCode.RESOURCE_EXHAUSTED
+    now.write_text("-3600")
+    time.sleep(LEASE_SECONDS + 0.5)
+    assert code("second") == grpc.StatusCode.UNAVAILABLE
 
 
 # Without nginx
