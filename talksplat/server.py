@@ -399,7 +399,8 @@ class Server:
     def _end(self, *, keep_log: bool) -> None:
         process, self._process = self._process, None
         if self.run_dir is not None:
-            (self.run_dir / CANARY_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a run folder that can't be made has none
+                (self.run_dir / CANARY_FILE).unlink()
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # stubs too: those of a server that hangs or ended while loading

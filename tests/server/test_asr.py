@@ -204,13 +204,19 @@ def test_the_networks_can_run_as_tritons_own_models(tmp_path: Path) -> None:
         def exec(self) -> Any:
             return SimpleNamespace(has_error=lambda: False, outputs=self.outputs)
 
+    class Asked(dict[str, Any]):
+        """A request, by the names of its tensors."""
+
+        def request_id(self) -> str:
+            return "said-0"
+
     def tensor(name: str, array: Any) -> Any:
         return SimpleNamespace(name=name, array=array, as_numpy=lambda: array)
 
     fake: Any = ModuleType("triton_python_backend_utils")
     fake.Tensor, fake.InferenceRequest = tensor, Request
     fake.InferenceResponse = lambda outputs=None, error=None: error or outputs
-    fake.TritonError = TritonError
+    fake.TritonError, fake.MetricFamily = TritonError, mock.MagicMock()
     fake.get_input_tensor_by_name = lambda request, name: tensor(name, request[name])
     fake.get_output_tensor_by_name = lambda response, name: tensor(name, response.outputs[name])
     spec = importlib.util.spec_from_file_location("asr_model", ROOT / "model_repository" / "asr" / "1" / "model.py")
@@ -224,12 +230,13 @@ def test_the_networks_can_run_as_tritons_own_models(tmp_path: Path) -> None:
     (tmp_path / "1" / "tokenizer.bin").write_bytes(table("<unk>", "<s>", "</s>", "▁yes", "▁no"))
     model = module.TritonPythonModel()
     config = {"parameters": {"networks": {"string_value": "triton"}}}
-    model.initialize({"model_config": json.dumps(config), "model_repository": str(tmp_path), "model_version": "1"})
-    ((text,),) = model.execute([{"AUDIO": np.zeros(8000, np.float32)}])
+    with mock.patch("talksplat.log.configure"):  # this process's logging is pytest's
+        model.initialize({"model_config": json.dumps(config), "model_repository": str(tmp_path), "model_version": "1"})
+    ((text,),) = model.execute([Asked(AUDIO=np.zeros(8000, np.float32))])
     assert text.array.tolist() == [b"yes no"]
     assert asked == ["vad", "asr_encoder", *["asr_decoder"] * 3]
 
-    unusable, failed = model.execute([{"AUDIO": np.zeros(0, np.float32)}, {"AUDIO": np.zeros(8000, np.float32)}])
+    unusable, failed = model.execute([Asked(AUDIO=np.zeros(0, np.float32)), Asked(AUDIO=np.zeros(8000, np.float32))])
     assert (unusable.code, failed.code) == (TritonError.INVALID_ARG, TritonError.INTERNAL)
     assert str(failed) == "The decoder has said all."
 
