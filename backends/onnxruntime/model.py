@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ GRAPH_LEVELS = {  # optimization.graph.level, as the native backend reads it
     1: ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
 }
 ANY = -1  # a dim of free size in a config
+LARGE = 16  # a request of more rows, such as an utterance's windows, runs in a thread beside the small ones
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -55,6 +57,7 @@ class TritonPythonModel:
         self.name = config["name"]
         self.batching = config["max_batch_size"] > 0
         self.session = _open(Path(args["model_repository"], args["model_version"]), config)
+        self.beside = ThreadPoolExecutor(1, thread_name_prefix="large")
         self.inputs = [node.name for node in self.session.get_inputs()]
         problems = _differences("input", config["input"], self.session.get_inputs(), self.batching)
         problems += _differences("output", config["output"], self.session.get_outputs(), self.batching)
@@ -67,7 +70,34 @@ class TritonPythonModel:
         }
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request; when the batch fails, each runs alone, so that only the bad one gets the error."""
+        """One response a request; None for a large one, which is answered later and holds up nobody meanwhile."""
+        large = [request for request in requests if self.batching and self._rows(request) > LARGE]
+        for request in large:
+            self._run_beside(request)
+        answers = iter(self._run_small([request for request in requests if request not in large]))
+        return [None if request in large else next(answers) for request in requests]
+
+    def finalize(self) -> None:
+        """Answer what still runs."""
+        self.beside.shutdown()
+
+    def _rows(self, request: Any) -> int:
+        return len(pb_utils.get_input_tensor_by_name(request, self.inputs[0]).as_numpy())
+
+    def _run_beside(self, request: Any) -> None:
+        sender, wanted = request.get_response_sender(), request.requested_output_names()
+        feeds = {name: array.copy() for name, array in self._read(request).items()}  # Triton uses its memory again
+        self.beside.submit(self._answer, sender, feeds, wanted)
+
+    def _answer(self, sender: Any, feeds: Tensors, wanted: Sequence[str]) -> None:
+        final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        try:
+            sender.send(self._outcome(feeds, wanted), flags=final)
+        except Exception as error:  # as where there is no shared memory for so much
+            sender.send(self._failure(error), flags=final)
+
+    def _run_small(self, requests: Sequence[Any]) -> list[Any]:
+        """When the batch fails, each runs alone, so that only the bad one gets the error."""
         if self.batching and len(requests) > 1:
             try:
                 return self._run_together(requests)
@@ -88,10 +118,20 @@ class TritonPythonModel:
 
     def _run_alone(self, request: Any) -> Any:
         try:
-            return _response(self._run(self._read(request), request.requested_output_names()))
+            feeds = self._read(request)
         except Exception as error:
-            message = f"{self.name} could not be run: {error}"
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL))
+            return self._failure(error)
+        return self._outcome(feeds, request.requested_output_names())
+
+    def _outcome(self, feeds: Tensors, wanted: Sequence[str]) -> Any:
+        try:
+            return _response(self._run(feeds, wanted))
+        except Exception as error:
+            return self._failure(error)
+
+    def _failure(self, error: Exception) -> Any:
+        message = f"{self.name} could not be run: {error}"
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, pb_utils.TritonError.INTERNAL))
 
     def _read(self, request: Any) -> Tensors:
         return {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs}

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,10 +52,17 @@ class InferenceResponse:
         return next(tensor.array for tensor in self.output_tensors if tensor.name == name)
 
 
+FINAL = 1
+
+
 class Request:
     def __init__(self, *wanted: str, **arrays: Any) -> None:
         self.arrays = {name: np.asarray(array) for name, array in arrays.items()}
         self.wanted = list(wanted or ("Y",))
+        self.sent: list[tuple[InferenceResponse, int]] = []
+
+    def get_response_sender(self) -> Any:
+        return SimpleNamespace(send=lambda response, flags: self.sent.append((response, flags)))
 
     def requested_output_names(self) -> list[str]:
         return self.wanted
@@ -65,6 +73,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     fake: Any = ModuleType("triton_python_backend_utils")
     fake.Tensor, fake.InferenceResponse = Tensor, InferenceResponse
     fake.TritonError, fake.TritonModelException = TritonError, TritonModelException
+    fake.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
     fake.Logger = SimpleNamespace(log_warn=lambda _: None)
     fake.get_input_tensor_by_name = lambda request, name: Tensor(name, request.arrays[name])
     fake.triton_string_to_numpy = {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64}.__getitem__
@@ -118,6 +127,33 @@ def test_requests_run_as_one_batch_and_each_gets_its_own_rows(backend: ModuleTyp
     for response, array in zip(responses, arrays, strict=True):
         np.testing.assert_array_equal(response.array(), 2 * array)
     assert runs == [6]
+
+
+def test_a_large_request_is_answered_once_beside_small_ones_that_do_not_wait_for_it(
+    backend: ModuleType, tmp_path: Path
+) -> None:
+    write_doubling(tmp_path)
+    model = load(backend, tmp_path, batch=64)
+    gate, run = threading.Event(), model.session.run
+
+    def slow(names: list[str], feeds: dict[str, Any]) -> Any:
+        assert len(feeds["X"]) <= backend.LARGE or gate.wait(30)
+        return run(names, feeds)
+
+    model.session = SimpleNamespace(run=slow)
+    small, large = np.ones((2, 2), np.float32), np.ones((backend.LARGE + 1, 2), np.float32)
+    requests = [Request(X=small), Request(X=large), Request(X=3 * small), Request("nothing", X=large)]
+    answers = model.execute(requests)
+    assert [answer is None for answer in answers] == [False, True, False, True]
+    np.testing.assert_array_equal(answers[2].array(), 6 * small)
+    assert requests[1].sent == []
+    large[:] = 7  # the memory is Triton's again
+    gate.set()
+    model.finalize()
+    ((response, flags),), ((failed, _),) = requests[1].sent, requests[3].sent
+    assert flags == FINAL
+    np.testing.assert_array_equal(response.array(), np.full_like(large, 2))
+    assert failed.error is not None
 
 
 def test_a_request_gets_the_outputs_that_it_asks_for(backend: ModuleType, tmp_path: Path) -> None:
