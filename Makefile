@@ -72,7 +72,7 @@ USERS ?= 4
 .PHONY: loadtest
 loadtest: models $(VENV)/.dev  ## locust: USERS viewers in conversation for a minute; the exit code says whether the SLO held
 	@$(BIN)/python -m loadtests --users $(USERS) --spawn-rate 2 --run-time 60s --only-summary \
-	  --csv bench/loadtest --html bench/loadtest.html --curve bench/loadtest.png
+	  --csv bench/loadtest --html bench/loadtest.html
 
 .PHONY: soak
 soak: models $(VENV)/.dev  ## twenty minutes at 80 % of what `make bench` found to hold: does anything grow, get lost or lag?
