@@ -1,5 +1,6 @@
 """Fixtures that every room's tests share."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,4 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     run_dir = tmp_path_factory.mktemp("server")
     with Server(avatars=avatars, ports=Ports.free(), run_dir=run_dir) as server:
         yield server
-    assert "Exit timeout expired" not in (run_dir / "triton.log").read_text(), "some request was never released"
+    kept = re.search(
+        r"Timeout 1: Found [1-9]\d* model versions that have in-flight", (run_dir / "triton.log").read_text()
+    )
+    assert kept is None, "some request was never released"  # models may take longer to unload on a busy machine

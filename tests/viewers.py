@@ -6,6 +6,7 @@ ones. The face stays clear of both.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import simplejpeg
 from make_avatar import COLORS, make_avatar
 
@@ -30,6 +32,8 @@ PATIENCE = 60  # seconds
 LAG = 1.0  # seconds that a stream may be behind its audio in peace, on a slow machine
 COLOURS = {f"marked-{name}": np.multiply(colour, 255) for name, colour in COLORS.items()}
 MARKED = list(COLOURS)  # the avatars
+
+thorough = pytest.mark.skipif("FAULTS_JSON" not in os.environ, reason="one of its kind will do; `make faults` runs all")
 
 
 def write_marked_avatar(root: Path, avatar_id: str) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from viewers import MARKED, Verdict, Viewers, write_marked_avatar
+from viewers import MARKED, Verdict, Viewers, thorough, write_marked_avatar
 
 from talksplat.cache import CHECK_SECONDS
 from talksplat.server import Server
@@ -48,7 +48,9 @@ def marked(server: Server) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize("damage", [truncate, zero, lose_a_file, write_half])
+@pytest.mark.parametrize(
+    "damage", [truncate, write_half, *(pytest.param(each, marks=thorough) for each in (zero, lose_a_file))]
+)
 def test_a_damaged_bundle_costs_no_frame(
     server: Server, marked: Path, judge: Callable[[str, Verdict], None], damage: Callable[[Path], None]
 ) -> None:

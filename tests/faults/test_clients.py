@@ -22,6 +22,7 @@ from viewers import MARKED, Verdict, Viewers, write_marked_avatar
 
 from talksplat import clock
 from talksplat.server import HOST, NO_PROXY, Server
+from talksplat_client import Client
 
 VANISHING = 200
 GROWTH = 24 << 20  # bytes of all processes together, that 200 lost clients may leave: a leaked chunk is 120 kB or more
@@ -29,10 +30,16 @@ RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close without a farewell
 
 
 class Cord:
-    """Passes one connection on to the server, and cuts it after some seconds: both ends just lose each other."""
+    """Passes one connection on to the server, and cuts it after some seconds: both ends just lose each other.
 
-    def __init__(self, port: int, seconds: float) -> None:
-        self._target, self._seconds = port, seconds
+    Args:
+        port: of the server.
+        seconds: until it is cut.
+        delay: seconds that every packet takes longer.
+    """
+
+    def __init__(self, port: int, seconds: float, delay: float = 0.0) -> None:
+        self._target, self._seconds, self._delay = port, seconds, delay
         self._listener = socket.create_server((HOST, 0))
         self.url = f"{HOST}:{self._listener.getsockname()[1]}"
         self._thread = threading.Thread(target=self._pass_on, daemon=True)
@@ -51,6 +58,7 @@ class Cord:
         ends, deadline = {near: far, far: near}, time.monotonic() + self._seconds
         while (left := deadline - time.monotonic()) > 0:  # who has ended reads as empty
             for end in select.select(list(ends), [], [], left)[0]:
+                time.sleep(self._delay)
                 ends[end].sendall(end.recv(1 << 16))
         for end in ends:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
@@ -119,3 +127,8 @@ def pending(server: Server) -> float:
 def memory(server: Server) -> int:
     """Bytes of all the server's processes that are theirs alone."""
     return sum(process.memory_full_info().uss for process in server._processes() if process.pid != psutil.Process().pid)
+
+
+def test_a_server_that_is_far_away_is_reached(server: Server) -> None:
+    with Cord(server.ports.grpc, 2.5, delay=0.15) as cord, Client(cord.url) as client:
+        assert client.clock().fps == clock.FPS

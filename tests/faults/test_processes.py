@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from supervised import Up
-from viewers import Verdict, Viewers
+from viewers import Verdict, Viewers, thorough
 
 from talksplat import supervisor
 
@@ -18,10 +17,10 @@ STUBS = sorted(
     for path in (Path(__file__).parents[2] / "model_repository").glob("*/config.pbtxt")
     if "backend:" in path.read_text()
 )
-FEW = ["audio_encoder", "rasterizer"]  # of them; `make faults` kills each
+FEW = ("audio_encoder", "rasterizer")
 
 
-@pytest.mark.parametrize("model", STUBS if "FAULTS_JSON" in os.environ else FEW)
+@pytest.mark.parametrize("model", [pytest.param(model, marks=() if model in FEW else thorough) for model in STUBS])
 def test_a_killed_stub_costs_no_frame(up: Up, judge: Callable[[str, Verdict], None], model: str) -> None:
     judge(f"kill -9 of {model}", break_it(up, up.stub(model).kill))
 
@@ -30,10 +29,12 @@ def test_a_killed_tritonserver_costs_no_frame(up: Up, judge: Callable[[str, Verd
     judge("kill -9 of tritonserver", break_it(up, up.tritonserver().kill))
 
 
+@thorough
 def test_a_stopped_stub_costs_no_frame(up: Up, judge: Callable[[str, Verdict], None]) -> None:
     judge("SIGSTOP of rasterizer", break_it(up, up.stub("rasterizer").suspend))
 
 
+@thorough
 def test_a_stopped_tritonserver_costs_no_frame(up: Up, judge: Callable[[str, Verdict], None]) -> None:
     judge("SIGSTOP of tritonserver", break_it(up, up.tritonserver().suspend))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from supervised import Up
-from viewers import Verdict, Viewers
+from viewers import Verdict, Viewers, thorough
 
 from talksplat import supervisor
 
@@ -20,6 +20,7 @@ def other(marked_avatars: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield other
 
 
+@thorough
 def test_a_replica_that_is_killed_costs_no_frame(up: Up, other: Up, judge: Callable[[str, Verdict], None]) -> None:
     judge("kill -9 of one of two replicas", lose(up, other, psutil.Process.kill))
 
