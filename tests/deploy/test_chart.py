@@ -114,7 +114,7 @@ def render(run: Callable[..., subprocess.CompletedProcess[str]]) -> Render:
     return render
 
 
-@pytest.fixture(params=SETS.values(), ids=SETS.keys())
+@pytest.fixture(params=list(SETS.values()), ids=list(SETS))
 def manifests(request: pytest.FixtureRequest, render: Render) -> list[Manifest]:
     return render(request.param)
 
