@@ -97,10 +97,10 @@ def test_a_frame_is_the_offset_gaussians_and_the_blink_over_the_plate(animator: 
 
 
 def test_silence_shows_the_rest_face_whatever_the_offsets(animator: Animator) -> None:
-    still, other, speaking = animator.render(
-        [chunk(speech=0, seed=1), chunk(speech=0, seed=2), chunk(speech=1, seed=1)]
+    still, other, speaking, idle = animator.render(
+        [chunk(speech=0, seed=1), chunk(speech=0, seed=2), chunk(speech=1, seed=1), Chunk(VIOLET, None, None, 0, RAW)]
     )
-    assert still == other != speaking
+    assert still == other == idle != speaking
 
 
 def test_motion_of_another_profile_or_size_is_refused(animator: Animator) -> None:

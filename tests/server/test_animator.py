@@ -209,6 +209,19 @@ def test_a_chunk_that_is_too_old_when_its_turn_comes_is_dropped_and_counted(held
     assert held.animator.counts().dropped_chunks == {"acme": 1}
 
 
+def test_ten_thousand_old_chunks_are_dropped_without_drawing_one(held: Held) -> None:
+    options = Options(format="raw", deadline_ms=200)
+    old = [held.animator.submit([chunk("red", options=options)]) for _ in range(10_000)]
+    held.now += 1
+    fresh = held.animator.submit([chunk("green", options=options)])
+    held.go()
+    assert isinstance(fresh.result(30)[0], list)
+    assert all(isinstance(future.result(30)[0], DeadlineError) for future in old)
+    assert held.drawn == ["green"] * 4
+    assert held.animator.counts().dropped_chunks == {"": 10_000}
+    assert held.animator._waiting_bytes == 0
+
+
 def test_more_than_fits_is_refused_until_there_is_room_again(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(animator_module, "MAX_WAITING_BYTES", 3 * animator_module.CHUNK_BYTES)
     waiting = held.animator.submit([chunk(), chunk()])
