@@ -32,6 +32,7 @@ KEY = "talksplat"  # of a worker's report to its master
 SPAWN_RATE = 10  # users a second that a shape starts, without --spawn-rate
 FINISH, FINISHED = "talksplat finish", "talksplat finished"  # messages to a worker, and back with its last figures
 FINISH_SECONDS = 10.0
+FAREWELL_MS = 2000  # for a worker's last messages to be sent
 WATCH_SECONDS = 0.1  # between two looks at the number of users
 
 figures = Figures()  # of all machines; empty on a worker
@@ -80,6 +81,8 @@ def prepare(environment: Environment, runner: Any, **_: Any) -> None:
     if isinstance(runner, WorkerRunner):
         hooks.report_to_master.add_listener(_send)
         runner.register_message(FINISH, _finish)
+        hooks.quitting.add_listener(_finish)  # Ctrl-C reaches the workers of this machine; before locust's own goodbye
+        atexit.register(lambda: runner.client.socket.context.destroy(linger=FAREWELL_MS))  # before `leave`
         return
     if options.shape:
         environment.shape_class = Shape(options)
@@ -101,10 +104,8 @@ def forget(**_: Any) -> None:
 
 def give_verdict(environment: Environment, **_: Any) -> None:
     """Print what was measured, draw the curve, and settle the exit code."""
-    if isinstance(environment.runner, WorkerRunner):
-        _finish(environment)  # Ctrl-C reaches workers of this machine, too
+    if isinstance(environment.runner, WorkerRunner) or environment.runner is None:
         return
-    assert environment.runner is not None
     if environment.runner.state in ("spawning", "running"):  # Ctrl-C: users have not been stopped yet
         environment.runner.quit()
     _take_own(environment.runner)
