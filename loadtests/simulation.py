@@ -345,9 +345,9 @@ def plan(replicas: Replicas, streams: Sequence[int], seconds: float = SECONDS) -
 SEEN = ("chunk_p50_ms", "chunk_p95_ms", "first_frame_p95_ms", "deadline_miss_pct")
 
 
-def _seen(summary: Summary, prefix: str = "") -> Row:
+def _seen(summary: Summary) -> Row:
     row = summary.row()
-    return {f"{prefix}{name}": row[name] for name in SEEN}
+    return {name: row[name] for name in SEEN}
 
 
 @dataclass
@@ -430,26 +430,39 @@ class Pair:
         return Load(streams, self.avatars, seconds=seconds, speech=SPEECH)
 
 
-def check(avatar: Path, streams: Sequence[int], seconds: float) -> tuple[Service, list[Row], list[Row]]:
-    """The service times, a row a number of streams with what was predicted and measured, and what that comes to."""
+def check(avatar: Path, streams: Sequence[int], seconds: float) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Two rows a number of streams, what was predicted and what two real replicas did; and what that comes to."""
     with Pair(avatar) as pair:
         service = pair.calibrate(seconds)
         simulated = Replicas(service, len(pair.servers), cores=1)
         rows: list[Row] = []
-        held = {"predicted": 0, "measured": 0}
         for count in streams:
             load = pair.load(count, seconds)
             real = pair.generator.paced(pair.target, load)
-            summaries = {"predicted": simulated.play(load), "measured": Summary.of(real.playouts)}
-            row: Row = {"streams": count, "utilisation_pct": 100 * service.utilisation(count, simulated.count, 1)}
-            for name, summary in summaries.items():
-                row |= _seen(summary, f"{name}_")
-                row[f"{name}_slo_ok"] = int(summary.ok())
-                if summary.ok():
-                    held[name] = max(held[name], count)
-            row["failed_requests"] = sum(map(len, real.failed_ms.values()))
-            rows.append(row)
-    return service, rows, [{"largest_that_holds": name, "streams": count} for name, count in held.items()]
+            for what, summary in (("predicted", simulated.play(load)), ("measured", Summary.of(real.playouts))):
+                row: Row = {"streams": count, "what": what, **_seen(summary), "slo_ok": int(summary.ok())}
+                if what == "predicted":
+                    row["utilisation_pct"] = 100 * service.utilisation(count, simulated.count, simulated.cores)
+                else:
+                    row["failed_requests"] = sum(map(len, real.failed_ms.values()))
+                rows.append(row)
+    return rows, {"service": [dict(vars(service))], "comparison": [compare(rows)]}
+
+
+def compare(rows: Sequence[Row]) -> Row:
+    """Of pairs of rows: the largest number of streams that held, and predicted to measured times where both held."""
+    pairs = list(zip(rows[::2], rows[1::2], strict=True))
+    held = [(predicted, measured) for predicted, measured in pairs if predicted["slo_ok"] and measured["slo_ok"]]
+    found: Row = {
+        f"largest_{row['what']}": max(
+            (int(each["streams"] or 0) for each in rows[turn::2] if each["slo_ok"]), default=0
+        )
+        for turn, row in enumerate(rows[:2])
+    }
+    for name in SEEN[:2]:
+        ratios = [float(predicted[name] or 0) / float(measured[name] or 1) for predicted, measured in held]
+        found[f"{name.removesuffix('_ms')}_ratio"] = float(np.median(ratios)) if ratios else None
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -468,8 +481,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.check:
         streams = arguments.streams or CHECKED
-        service, rows, held = check(arguments.avatar, streams, arguments.seconds or CHECK_SECONDS)
-        report("simulation", rows, arguments.json, {"service": [dict(vars(service))], "largest": held})
+        rows, further = check(arguments.avatar, streams, arguments.seconds or CHECK_SECONDS)
+        report("simulation", rows, arguments.json, further)
         return 0
     try:
         replicas = Replicas(Service.of_profile(arguments.profile), 1, arguments.cores, arguments.routing)

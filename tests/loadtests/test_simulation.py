@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtests import simulation
-from loadtests.simulation import NoProfileError, Replicas, Service, needed, plan
+from loadtests.simulation import NoProfileError, Replicas, Service, compare, needed, plan
 from loadtests.slo import Slo
 from loadtests.streams import Load
+from talksplat.bench._report import Row
 
 SERVICE = Service(nets_ms=6.0, raster_ms=12.0, overhead_ms=4.0, variation=0.25)
 LOAD = Load(40, ("any",), seconds=4.0)
@@ -150,6 +151,17 @@ def test_a_plan_is_printed_and_written(tmp_path: Path) -> None:
     assert simulation.main(arguments) == 0
     (row,) = json.loads(out.read_text())["rows"]
     assert (row["streams"], row["replicas"]) == (10, 1)
+
+
+def test_prediction_and_measurement_are_compared_where_both_held() -> None:
+    def row(streams: int, what: str, p50: float | None, slo_ok: int) -> Row:
+        return {"streams": streams, "what": what, "chunk_p50_ms": p50, "chunk_p95_ms": 50.0, "slo_ok": slo_ok}
+
+    rows = [row(2, "predicted", 12.0, 1), row(2, "measured", 10.0, 1), row(4, "predicted", 30.0, 1)]
+    rows += [row(4, "measured", 20.0, 1), row(8, "predicted", 40.0, 1), row(8, "measured", None, 0)]
+    expected = {"largest_predicted": 8, "largest_measured": 4, "chunk_p50_ratio": 1.35, "chunk_p95_ratio": 1.0}
+    assert compare(rows) == pytest.approx(expected)
+    assert compare(rows[4:])["chunk_p50_ratio"] is None
 
 
 @pytest.mark.parametrize("text", [None, "{}", '{"rows": [{"view": "stage"}]}', "no JSON"])
