@@ -16,32 +16,27 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 import os
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 import tritonclient.grpc as triton
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from loadtests.cast import cast, crowd
 from loadtests.plain import PlainServer
+from loadtests.profile import second_processor
 from loadtests.slo import Slo, Summary
 from loadtests.streams import Generator, Kind, Load, Target, Triton
 from loadtests.usage import Model, Usage, Watch
-from talksplat import avatar as bundle
-from talksplat import clock, splat
-from talksplat.animator import Options
 from talksplat.bench._ask import animate, operate
 from talksplat.bench._report import Row, report
 from talksplat.server import ROOT, Ports, Server
@@ -53,19 +48,19 @@ MODELS = ("audio_encoder", "rasterizer")  # whose batch sizes are reported
 
 @dataclass(frozen=True)
 class Plan:
-    """How long everything takes; the default is eight minutes."""
+    """How long everything takes; the default is about ten minutes."""
 
     sizes: tuple[tuple[int, int, int], ...] = ((512, 4, 1), (256, 8, 2))  # pixels, step and resolution of the search
-    step_seconds: float = 9.0
-    confirm_seconds: float = 25.0
+    step_seconds: float = 6.0
+    confirm_seconds: float = 20.0
     flat_out: tuple[int, ...] = (1, 8)  # streams
     flat_out_seconds: float = 5.0
     at_rest: int = 8  # streams that are idle, silent or speaking
     crowd: int = 100  # further avatars on disk
     still_seconds: float = 4.0  # of a server that nobody asks for anything
-    preloads: int = 10  # under load, one a second
+    preloads: int = 8  # under load, one a second
     switches: int = 1000
-    chunks: int = 25  # of a stream
+    chunks: int = 15  # of a stream: 2.4 s
     kernel_seconds: float = 2.0
 
 
@@ -113,7 +108,7 @@ def measure(
     rows: list[Row] = []
     further: dict[str, list[Row]] = {"largest": [], "flat_out": [], "plain": []}
     with Generator() as generator:
-        processors = second_processor(folder, avatars[0], plan)
+        processors = second_processor(folder, avatars[0], plan.kernel_seconds)
         with Server(avatars=folder, ports=Ports.free()) as server:
             assert server.pid is not None
             bench = Bench(generator, Triton(server.grpc_url), server.pid, tuple(avatars), plan, server, most)
@@ -127,7 +122,7 @@ def measure(
             bench = Bench(generator, plain.target, plain.pid, tuple(avatars), plan, most=most)
             plainly = bench.search(further["plain"])
             further["flat_out"] += bench.flat_out()
-    further["second_processor"] = [processors, second_processor(folder, avatars[0], plan)]
+    further["second_processor"] = [processors, second_processor(folder, avatars[0], plan.kernel_seconds)]
     further["largest"] = list(_largest(rows, further, held, plainly))
     further["runs"] = rows
     further["plain_runs"] = further["plain"]
@@ -389,46 +384,6 @@ COST_COLUMNS = ("streams", "server_cpu_s_per_stream_s", "generator_cpu_s_per_str
 def _batches(models: dict[str, Model]) -> Row:
     """Inferences an execution."""
     return {f"batch_{name}": models[name].batch for name in MODELS if name in models}
-
-
-def second_processor(folder: Path, avatar: str, plan: Plan) -> Row:
-    """Frames a second of the rasterizer and the JPEG encoder: in one process, and in as many as there are processors.
-
-    Nothing is shared between them, so what is missing to twice as much is the machine's.
-    """
-    count = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as processes:
-        list(
-            processes.map(
-                _frames_per_s, [folder] * count, [avatar] * count, [time.monotonic() + 1] * count, [0.0] * count
-            )
-        )
-        one = processes.submit(_frames_per_s, folder, avatar, time.monotonic(), plan.kernel_seconds).result()
-        begin = time.monotonic() + 0.5
-        runs = [processes.submit(_frames_per_s, folder, avatar, begin, plan.kernel_seconds) for _ in range(count)]
-        together = sum(run.result() for run in runs)
-    return {
-        "processors": count,
-        "one_process_frames_per_s": one,
-        "all_together_frames_per_s": together,
-        "worth_of_processors": together / one,
-    }
-
-
-def _frames_per_s(folder: Path, avatar_id: str, begin: float, seconds: float) -> float:
-    avatar = bundle.read(folder, avatar_id)
-    shapes = splat.Blendshapes(avatar.canonical, avatar.bases, avatar.basis_scales)
-    weights = np.random.default_rng(0).normal(0, 0.5, (clock.FPS, shapes.rank)).astype(np.float32)
-    plate = simplejpeg.decode_jpeg(avatar.plates[0], "RGB")
-    out = np.empty_like(plate)
-    time.sleep(max(0.0, begin - time.monotonic()))
-    frames, end = 0, time.monotonic() + seconds
-    while time.monotonic() < end:
-        job = splat.Job(shapes, weights[frames % clock.FPS], avatar.viewmats[0], avatar.K, plate, out)
-        splat.render_onto([job], threads=1)
-        simplejpeg.encode_jpeg(out, Options().quality, "RGB", "420", fastdct=True)
-        frames += 1
-    return frames / seconds if seconds else 0.0
 
 
 def _largest(

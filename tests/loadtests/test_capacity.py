@@ -99,10 +99,3 @@ def test_a_server_is_measured_from_streams_to_memory(
     capacity.plot(rows, rows, tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").size[0] > 300
     json.dumps(rows, allow_nan=False)
-
-
-def test_a_second_processor_is_worth_something(tmp_path: Path) -> None:
-    write_avatar(tmp_path, "red")
-    row = capacity.second_processor(tmp_path, "red", dataclasses.replace(QUICK, kernel_seconds=0.1))
-    assert float(row["one_process_frames_per_s"] or 0) > 0
-    assert float(row["worth_of_processors"] or 0) > 0

@@ -1,6 +1,8 @@
 import os
+from pathlib import Path
 
 import pytest
+from make_avatar import write_avatar
 
 from loadtests import profile
 from loadtests.streams import Generator
@@ -37,3 +39,10 @@ def test_models_that_were_not_asked_have_no_batches() -> None:
     found = batching(before, after)
     assert list(found) == ["vad"]
     assert (found["vad"].batch, found["vad"].queue_ms, found["vad"].infer_ms) == (4, 1, 2)
+
+
+def test_a_second_processor_is_worth_something(tmp_path: Path) -> None:
+    write_avatar(tmp_path, "red")
+    row = profile.second_processor(tmp_path, "red", 0.1)
+    assert float(row["one_process_frames_per_s"] or 0) > 0
+    assert float(row["worth_of_processors"] or 0) > 0

@@ -144,7 +144,7 @@ def generator() -> Iterator[Generator]:
         yield generator
 
 
-SHORT = Load(2, ("ava",), seconds=1.5, chunks=5)
+SHORT = Load(2, ("ava",), seconds=0.9, chunks=4)
 
 
 def test_a_paced_run_sends_its_schedule_and_names_its_own_share(generator: Generator) -> None:
@@ -173,7 +173,7 @@ def test_a_server_that_stands_still_does_not_lighten_the_load(generator: Generat
     held = threading.Event()
 
     def hold(chunk: int) -> float:
-        if chunk == 7 and not held.is_set():
+        if chunk == 5 and not held.is_set():
             held.set()
             return 1.0
         return 0.0
@@ -190,7 +190,7 @@ def test_errors_are_lost_frames_and_refused_streams_are_counted_apart(generator:
         metadata = dict(context.invocation_metadata())
         if metadata["x-talksplat-stream"] == "viewer-1":
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
-        if chunk == 6:
+        if chunk in (5, 6, 7):
             context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
 
     with _JpegServer(script=script) as server:
@@ -220,7 +220,7 @@ def test_a_closed_loop_ends_with_the_first_error(generator: Generator) -> None:
 
 
 def test_the_real_server_carries_a_paced_stream(server: Server, generator: Generator) -> None:
-    load = Load(2, ("red", "green"), size=64, seconds=1.5, chunks=5, kinds=("speaking", "silent"))
+    load = Load(2, ("red", "green"), size=64, seconds=0.9, chunks=4, kinds=("speaking", "silent"))
     seen = generator.paced(Triton(server.grpc_url), load)
     assert not seen.failed_ms
     assert Summary.of(seen.playouts).frames > 0
