@@ -30,6 +30,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from loadtests.cast import cast, crowd
 from loadtests.plain import PlainServer
@@ -438,6 +439,10 @@ def plot(rows: Sequence[Row], plain: Sequence[Row], path: Path) -> None:
         )
         lower.set(xlabel="streams of 25 frames/s", ylabel="frames that missed the playout, %")
         lower.set_yscale("symlog", linthresh=1)
+        lower.set_ylim(0, 100)
+        upper.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axis in (upper.yaxis, lower.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         for each in (upper, lower):
             each.grid(alpha=0.3)
             each.legend(fontsize=8)
