@@ -173,29 +173,33 @@ local function take(prefix, places)
   end
 end
 
+-- Whether the lease still ran; its value is the places that it is on.
 local function renew(lease, seconds)
   local places = leases:get(lease)
-  if not places then
-    return false
+  for place in (places or ""):gmatch("%S+") do
+    if not leases:expire(place, seconds) then -- it ended just before its lease
+      leases:delete(lease)
+      return false
+    end
   end
-  for place in places:gmatch("%S+") do
-    leases:expire(place, seconds)
-  end
-  return leases:expire(lease, seconds)
+  return places and leases:expire(lease, seconds)
 end
 
 -- Lets a stream in that has a lease, or for which there is one.
 local function admit(name)
   local tenant = ngx.ctx.tenant
   local lease = tenant.name .. "/" .. name
-  if not renew(lease, LEASE_SECONDS) then
+  -- of several requests that begin one stream, for several workers, the first one takes the places
+  if not renew(lease, LEASE_SECONDS) and leases:add(lease, "", LEASE_SECONDS) then
     local own = take(tenant.name .. "#", tenant.streams)
     if not own then
+      leases:delete(lease)
       return refuse(429, "The tenant has as many streams as it may have at a time.", LEASE_SECONDS)
     end
     local shared = take("#", machine_streams)
     if not shared then
       leases:delete(own)
+      leases:delete(lease)
       return refuse(429, "The machine has as many streams as it can carry.", LEASE_SECONDS)
     end
     leases:set(lease, own .. " " .. shared, LEASE_SECONDS)

@@ -654,6 +654,22 @@ def test_without_a_replica_the_edge_says_so(alone: Callable[..., Alone]) -> None
     assert door.http("GET", "/healthz", tenant=None)[0] == http.HTTPStatus.SERVICE_UNAVAILABLE
 
 
+def test_a_stream_whose_first_requests_come_at_once_takes_one_place(alone: Callable[..., Alone]) -> None:
+    door = alone(Ports.free())  # nobody answers those that are let in
+    channels = [door.new_channel() for _ in range(12)]  # for all of nginx's workers
+    asked = [(channel, number) for number in range(MACHINE_STREAMS) for channel in channels]
+
+    def code(asked: tuple[Any, int]) -> object:
+        channel, number = asked
+        return door.refused(idle(), tenant="broad", headers=stream(f"s-{number}"), channel=channel).code()
+
+    with ThreadPoolExecutor(len(channels)) as pool:
+        assert set(pool.map(code, asked)) == {grpc.StatusCode.UNAVAILABLE}
+    assert code((channels[0], MACHINE_STREAMS)) == grpc.StatusCode.RESOURCE_EXHAUSTED
+    for channel in channels:
+        channel.close()
+
+
 def test_a_replica_that_hangs_costs_two_seconds_once(alone: Callable[..., Alone], server: Server) -> None:
     with socket.socket() as hung:
         hung.bind((HOST, 0))
