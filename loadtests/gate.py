@@ -174,9 +174,10 @@ class Figures:
         """Milliseconds from each request to its frames, of the streams that ask for chunk after chunk."""
         return [
             1e3 * (at - before)
-            for each in self._of("flat out", levels)
+            for each in self._of("flat out", None)
             for before, at in zip([each.start, *each.arrivals], each.arrivals, strict=False)
             if before is not None and at is not None
+            if levels is None or any(level.holds(before, at) for level in levels)
         ]
 
     def interrupts_ms(self, levels: Sequence[Level] | None = None) -> list[float]:

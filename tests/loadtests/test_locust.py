@@ -94,7 +94,7 @@ def test_a_limit_that_cannot_hold_fails_it_also_when_it_is_interrupted(host: str
 
 
 def test_the_gate_sees_all_that_the_workers_measured_step_by_step(host: str, tmp_path: Path) -> None:
-    shape = ["--shape", "step", "-u", "4", "--step-users", "2", "--step-time", "2.5", "-r", "10"]
+    shape = ["--shape", "step", "-u", "4", "--step-users", "2", "--step-time", "3", "-r", "10"]
     files = ["--csv", f"{tmp_path}/run", "--curve", f"{tmp_path}/curve.png"]
     run = locust("FlatOutUser", "--processes", "2", *shape, *files, host=host)
     assert run.code == PASSED, run.output
