@@ -160,8 +160,12 @@ def test_one_id_leads_from_client_through_edge_and_rasterizer_to_the_span(
         sent = {f"{stream.state.id}-{frame.index}" for frame in list(stream)[:: clock.CHUNK_FRAMES]}
     assert len(sent) == 63  # of which some are traced
     wait_for(lambda: all(f'"event": "rendered", "request_id": "{each}"' in watched.log() for each in sent))
-    passed = [json.loads(line) for line in (edge / "access.log").read_text().splitlines()]
-    assert sent <= {line["id"] for line in passed}
+
+    def passed() -> set[str]:  # the edge writes its line after the answer
+        lines = (edge / "access.log").read_text().splitlines(keepends=True)
+        return {json.loads(line)["id"] for line in lines if line.endswith("\n")}
+
+    wait_for(lambda: sent <= passed())
     # one request in 25 is traced
     wait_for(lambda: len([span for span in watched.spans(name="rasterizer") if span.request_id in sent]) >= 2)
     assert KEY not in watched.log() + (edge / "access.log").read_text()
