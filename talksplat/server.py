@@ -618,17 +618,22 @@ def _is_ready(port: int) -> bool:
 
 def _is_there(process: psutil.Process) -> bool:
     """Whether a process has not ended; what its new parent has yet to reap, some in seconds, has."""
-    try:
-        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.Error:
-        return False
+    return _status(process) not in _ENDED
 
 
 def _is_alive(process: psutil.Process) -> bool:
     """Whether a process may run: one that was stopped serves nobody."""
-    with contextlib.suppress(psutil.Error):
-        return _is_there(process) and process.status() != psutil.STATUS_STOPPED
-    return False
+    return _status(process) not in (*_ENDED, psutil.STATUS_STOPPED)
+
+
+def _status(process: psutil.Process) -> str | None:
+    try:
+        return str(process.status())
+    except psutil.Error:
+        return None
+
+
+_ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD, None)
 
 
 def _remove_regions(prefix: str) -> None:

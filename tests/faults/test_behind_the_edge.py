@@ -15,7 +15,7 @@ import psutil
 import pytest
 from viewers import PATIENCE, Verdict, Viewers, thorough
 
-from talksplat import edge, supervisor
+from talksplat import edge
 from talksplat.server import ROOT, Ports
 from talksplat_client import Client, TalksplatError, Tls
 
@@ -112,7 +112,7 @@ def test_a_fault_behind_one_address_costs_no_frame(
     secured: Secured, judge: Callable[[str, Verdict], None], what: str, fault: Callable[[Secured], None]
 ) -> None:
     with Viewers([secured.url], api_key=secured.api_key, tls=secured.tls) as viewers:
-        time.sleep(supervisor.STABLE_SECONDS)
+        time.sleep(1)
         viewers.fault()
         fault(secured)
         viewers.wait_until_all_see()

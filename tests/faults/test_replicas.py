@@ -11,8 +11,6 @@ import pytest
 from supervised import Up
 from viewers import Verdict, Viewers, thorough
 
-from talksplat import supervisor
-
 
 @pytest.fixture(scope="module")
 def other(marked_avatars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
@@ -33,7 +31,7 @@ def lose(up: Up, other: Up, fault: Callable[[psutil.Process], None]) -> Verdict:
     """What viewers see of a fault at the replica that they have turned to."""
     broken = up.tritonserver()
     with Viewers([up.probe.grpc_url, other.probe.grpc_url]) as viewers:
-        time.sleep(supervisor.STABLE_SECONDS)
+        time.sleep(1)
         viewers.fault()
         fault(broken)
         viewers.wait_until_all_see()
