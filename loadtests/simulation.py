@@ -360,6 +360,8 @@ class Pair:
     """
 
     avatar: Path
+    size: int = Load.size  # pixels a side
+    chunks: int = Load.chunks  # of a stream
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> Self:
@@ -427,25 +429,24 @@ class Pair:
 
     def load(self, streams: int, seconds: float) -> Load:
         """The same for the real ones and the simulated."""
-        return Load(streams, self.avatars, seconds=seconds, speech=SPEECH)
+        return Load(streams, self.avatars, self.size, seconds, speech=SPEECH, chunks=self.chunks)
 
 
-def check(avatar: Path, streams: Sequence[int], seconds: float) -> tuple[list[Row], dict[str, list[Row]]]:
+def check(pair: Pair, streams: Sequence[int], seconds: float) -> tuple[list[Row], dict[str, list[Row]]]:
     """Two rows a number of streams, what was predicted and what two real replicas did; and what that comes to."""
-    with Pair(avatar) as pair:
-        service = pair.calibrate(seconds)
-        simulated = Replicas(service, len(pair.servers), cores=1)
-        rows: list[Row] = []
-        for count in streams:
-            load = pair.load(count, seconds)
-            real = pair.generator.paced(pair.target, load)
-            for what, summary in (("predicted", simulated.play(load)), ("measured", Summary.of(real.playouts))):
-                row: Row = {"streams": count, "what": what, **_seen(summary), "slo_ok": int(summary.ok())}
-                if what == "predicted":
-                    row["utilisation_pct"] = 100 * service.utilisation(count, simulated.count, simulated.cores)
-                else:
-                    row["failed_requests"] = sum(map(len, real.failed_ms.values()))
-                rows.append(row)
+    service = pair.calibrate(seconds)
+    simulated = Replicas(service, len(pair.servers), cores=1)
+    rows: list[Row] = []
+    for count in streams:
+        load = pair.load(count, seconds)
+        real = pair.generator.paced(pair.target, load)
+        for what, summary in (("predicted", simulated.play(load)), ("measured", Summary.of(real.playouts))):
+            row: Row = {"streams": count, "what": what, **_seen(summary), "slo_ok": int(summary.ok())}
+            if what == "predicted":
+                row["utilisation_pct"] = 100 * service.utilisation(count, simulated.count, simulated.cores)
+            else:
+                row["failed_requests"] = sum(map(len, real.failed_ms.values()))
+            rows.append(row)
     return rows, {"service": [dict(vars(service))], "comparison": [compare(rows)]}
 
 
@@ -481,7 +482,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.check:
         streams = arguments.streams or CHECKED
-        rows, further = check(arguments.avatar, streams, arguments.seconds or CHECK_SECONDS)
+        with Pair(arguments.avatar) as pair:
+            rows, further = check(pair, streams, arguments.seconds or CHECK_SECONDS)
         report("simulation", rows, arguments.json, further)
         return 0
     try:

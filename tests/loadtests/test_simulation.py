@@ -5,14 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make_avatar import write_avatar
 
 from loadtests import simulation
-from loadtests.simulation import NoProfileError, Replicas, Service, compare, needed, plan
+from loadtests.simulation import NoProfileError, Pair, Replicas, Service, check, compare, needed, plan
 from loadtests.slo import Slo
 from loadtests.streams import Load
+from talksplat import edge
 from talksplat.bench._report import Row
 
 SERVICE = Service(nets_ms=6.0, raster_ms=12.0, overhead_ms=4.0, variation=0.25)
@@ -76,7 +79,7 @@ def test_cores_do_the_work_that_there_is_and_no_more(
 def test_one_station_waits_as_the_formula_of_md1_says(utilisation: float) -> None:
     service = Service(nets_ms=0.0, raster_ms=10.0)
     draw = np.random.default_rng(3)
-    dues = np.cumsum(draw.exponential(0.01 / utilisation, 40_000))
+    dues = np.cumsum(draw.exponential(0.01 / utilisation, 20_000))
     waits = Replicas(service, 1, cores=1).run(dues).answered - dues - 0.01
     expected = utilisation * 0.01 / (2 * (1 - utilisation))
     assert waits.mean() == pytest.approx(expected, rel=0.08)
@@ -162,6 +165,24 @@ def test_prediction_and_measurement_are_compared_where_both_held() -> None:
     expected = {"largest_predicted": 8, "largest_measured": 4, "chunk_p50_ratio": 1.35, "chunk_p95_ratio": 1.0}
     assert compare(rows) == pytest.approx(expected)
     assert compare(rows[4:])["chunk_p50_ratio"] is None
+
+
+def test_two_real_replicas_behind_the_edge_are_measured_and_predicted(tmp_path: Path) -> None:
+    try:
+        edge.find_nginx()
+    except edge.MissingNginxError as error:
+        pytest.skip(str(error))
+    write_avatar(tmp_path, "red")
+    with Pair(tmp_path / "red", size=64, chunks=3) as pair:
+        pinned = [psutil.Process(server.pid).cpu_affinity() for server in pair.servers]
+        rows, further = check(pair, (1,), 0.5)
+    assert all(len(each) == 1 for each in pinned)
+    predicted, measured = rows
+    assert (predicted["what"], measured["what"], measured["failed_requests"]) == ("predicted", "measured", 0)
+    (service,) = further["service"]
+    assert float(service["nets_ms"] or 0) > 0
+    assert float(service["raster_ms"] or 0) > 0
+    assert float(measured["chunk_p50_ms"] or 0) > 0
 
 
 @pytest.mark.parametrize("text", [None, "{}", '{"rows": [{"view": "stage"}]}', "no JSON"])
