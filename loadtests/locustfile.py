@@ -74,6 +74,7 @@ def add_options(parser: Any) -> None:
 
 def prepare(environment: Environment, runner: Any, **_: Any) -> None:
     """Connect the gate to whatever kind of locust process this is."""
+    gevent.get_hub().loop.update_now()  # else all that the imports took, seconds on a busy machine, is off --run-time
     options: Any = environment.parsed_options
     hooks: Any = environment.events
     if not options.user_classes:
