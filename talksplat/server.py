@@ -585,6 +585,8 @@ def _environment(wheel: _Wheel) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
+        # whichever thread reads an avatar takes memory that the others can use once it has left
+        "MALLOC_ARENA_MAX": "2",
     }
 
 
