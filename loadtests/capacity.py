@@ -262,15 +262,15 @@ class Bench:
         }
 
     def cost(self, held: dict[int, int]) -> list[Row]:
-        """A stream's processor time: one alone, as many as hold, silent, idle for the first time and from then on."""
+        """A stream's processor time: one alone, as many as hold, idle for the first time and from then on, silent."""
         size, streams = self.plan.sizes[0][0], self.plan.at_rest
         runs: list[tuple[str, int, Kind]] = [
             ("one alone", 1, "speaking"),
             ("as many as hold", max(1, held[size]), "speaking"),
             ("speaking", streams, "speaking"),
-            ("silent", streams, "silent"),
-            ("idle, first time", streams, "idle"),
+            ("idle, first time", streams, "idle"),  # each of the frames is drawn once
             ("idle", streams, "idle"),
+            ("silent", streams, "silent"),
         ]
         rows: list[Row] = []
         for what, count, kind in runs:
