@@ -16,7 +16,8 @@ from rich.table import Column, Table
 
 Row: TypeAlias = dict[str, str | int | float | None]
 
-WIDEST = 20  # columns that fit beside each other
+WIDEST = 20  # columns that fit beside each other; more of them go down, and rows across,
+ACROSS = 12  # so many in a table
 
 
 def machine() -> str:
@@ -50,25 +51,33 @@ def report(
     console = Console()
     if not console.is_terminal:
         console.width = 200  # a log is not cut to 80 columns
-    console.print(f"{name}: {machine()}", _table(rows), highlight=False, sep="\n")
+    console.print(f"{name}: {machine()}", *_tables(rows), highlight=False, sep="\n")
     for title, others in (further or {}).items():
-        console.print(title, _table(others), highlight=False, sep="\n")
+        console.print(title, *_tables(others), highlight=False, sep="\n")
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         document = {"machine": machine(), "commit": commit(), "rows": list(rows), **(further or {})}
         json_path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def _tables(rows: Sequence[Row]) -> list[Table]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, *([_cell(row.get(column)) for column in columns] for row in rows)]
-    if len(columns) > WIDEST:  # columns go down and rows across
-        lines = [list(line) for line in zip(*lines, strict=True)]
+    if len(columns) <= WIDEST:
+        return [_table([columns, *(_cells(row, columns) for row in rows)])]
+    blocks = [rows[begin : begin + ACROSS] for begin in range(0, len(rows), ACROSS)]
+    return [_table(list(zip(columns, *(_cells(row, columns) for row in block), strict=True))) for block in blocks]
+
+
+def _table(lines: Sequence[Sequence[str]]) -> Table:
     head, *body = lines
     table = Table(*(Column(cell, justify="right") for cell in head))
     for line in body:
         table.add_row(*line)
     return table
+
+
+def _cells(row: Row, columns: Sequence[str]) -> list[str]:
+    return [_cell(row.get(column)) for column in columns]
 
 
 def _cell(value: str | int | float | None) -> str:
