@@ -71,6 +71,11 @@ class AvatarUser(User):
     limits: ClassVar[Limits] = Limits()
     deadline: ClassVar[float | None] = DEADLINE
 
+    _client: talksplat_client.Client | None = None
+    _stream: Stream | None = None  # that is left open between two tasks
+    _resume_from: StreamState | None = None
+    _position = 0  # of the stream's next frame
+
     _connected: ClassVar[dict[Limits, list[talksplat_client.Client]]] = {}
     _started: ClassVar[int] = 0
     _faces: ClassVar[Faces] = Faces()
@@ -81,8 +86,6 @@ class AvatarUser(User):
         self.rng = random.Random()
         self._number = AvatarUser._started
         AvatarUser._started += 1
-        self._client: talksplat_client.Client | None = None
-        self._leave_stream()
         while not self._prepare():
             pass
 
@@ -164,12 +167,10 @@ class AvatarUser(User):
         self._position = self._resume_from.frame
 
     def _leave_stream(self) -> None:
-        stream: Stream | None = getattr(self, "_stream", None)
-        if stream is not None:
-            stream.cancel()
-        self._stream: Stream | None = None
-        self._resume_from: StreamState | None = None
-        self._position = 0  # of the next frame
+        if self._stream is not None:
+            self._stream.cancel()
+        self._stream = self._resume_from = None
+        self._position = 0
 
     @contextmanager
     def _stretch(self, kind: Kind, start: float, count: int) -> Iterator[Stretch]:
