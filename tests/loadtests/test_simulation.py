@@ -179,9 +179,9 @@ def test_two_real_replicas_behind_the_edge_are_measured_and_predicted(tmp_path: 
     assert all(len(each) == 1 for each in pinned)
     predicted, measured = rows
     assert (predicted["what"], measured["what"], measured["failed_requests"]) == ("predicted", "measured", 0)
-    (service,) = further["service"]
-    assert float(service["nets_ms"] or 0) > 0
-    assert float(service["raster_ms"] or 0) > 0
+    for service in further["service"]:
+        assert float(service["nets_ms"] or 0) > 0
+        assert float(service["raster_ms"] or 0) > 0
     assert float(measured["chunk_p50_ms"] or 0) > 0
 
 
