@@ -172,9 +172,12 @@ class Edge:
             each = [f"server {host}:{port} max_fails=1 fail_timeout=3s;" for host, port in doors]
             return " ".join(each) or f"server {HOST}:9 down;"  # nginx refuses to have none
 
+        user = "nobody"  # nginx looks at it only when root starts it; a container's user may have no name
+        if os.getuid() == 0:
+            user = f"{pwd.getpwuid(0).pw_name} {grp.getgrgid(os.getgid()).gr_name}"
         template = string.Template((SOURCE / "nginx.conf.template").read_text())
         return template.safe_substitute(  # nginx has variables of its own
-            TALKSPLAT_USER=f"{pwd.getpwuid(os.getuid()).pw_name} {grp.getgrgid(os.getgid()).gr_name}",
+            TALKSPLAT_USER=user,
             TALKSPLAT_LISTEN=self.address.url,
             TALKSPLAT_CERTIFICATE=self.address.certificate.resolve(),
             TALKSPLAT_CERTIFICATE_KEY=self.address.certificate_key.resolve(),
