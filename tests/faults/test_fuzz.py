@@ -30,7 +30,7 @@ NOT_OURS = (  # INTERNAL, but in other people's words
     "Unable to parse",  # of gRPC, and of Triton's HTTP
     "failed to parse",
 )
-DIRTY = ("Traceback", "At:", ".py", 'File "', "/work", str(ROOT))
+DIRTY = ("Traceback", "At:", ".py", 'File "', str(ROOT))
 MODELS = sorted(path.parent.name for path in (ROOT / "model_repository").glob("*/config.pbtxt"))
 TYPES = ["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64"]
 TYPES += ["BYTES", "BF16"]
