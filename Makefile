@@ -51,6 +51,7 @@ bench: models $(VENV)/.dev  ## every benchmark; prints tables, writes bench/NAME
 	$(BIN)/talksplat-server bench preload --json bench/preload.json
 	$(BIN)/python -m loadtests.profile --json bench/profile.json
 	$(BIN)/python -m loadtests.capacity --json bench/capacity.json
+	$(BIN)/python -m loadtests.overload --json bench/overload.json
 	$(MAKE) bench-recordings
 
 # A folder with faces/, speech/ and models/. All of it takes an hour on two cores, of which Huma 1's fit in runs/compare

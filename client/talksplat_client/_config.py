@@ -47,7 +47,7 @@ class Retry:
 
     first: float = 0.05
     factor: float = 2.0
-    longest: float = 1.0
+    longest: float = 0.25
 
     def __post_init__(self) -> None:
         if not 0 < self.first <= self.longest:

@@ -32,7 +32,7 @@ CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", -1),
     # gRPC itself would look for a lost server more and more seldom, up to every two minutes
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 250),
     ("grpc.min_reconnect_backoff_ms", 2000),  # for a handshake, which takes a far or a busy server its time
     # a peer that is silent for 2 s of a request is asked whether it lives, and has 2 s to say so; without a request
     # nothing is asked. gRPC's servers take offence (GOAWAY, too_many_pings) after two minutes of one silent request
