@@ -219,8 +219,8 @@ def test_offsets_of_a_low_rank_are_kept_whole(rank: int, frames: int, seed: int)
     assert reduction.energy == pytest.approx(1, abs=1e-4)
     for frame in range(frames):
         coefficients = reduction.coefficients[frame]
-        np.testing.assert_allclose(reduction.offsets(coefficients), offsets[frame], atol=2e-3 * np.abs(offsets).max())
-        np.testing.assert_allclose(reduction.project(offsets[frame]), coefficients, atol=1e-2)
+        for drawn_by in (coefficients, reduction.project(offsets[frame])):  # a tiny basis' own may differ
+            np.testing.assert_allclose(reduction.offsets(drawn_by), offsets[frame], atol=2e-3 * np.abs(offsets).max())
     used = np.sqrt(np.mean(reduction.coefficients**2, 0))
     np.testing.assert_allclose(used, 1, rtol=1e-3)
 

@@ -74,7 +74,9 @@ def test_a_conversation_within_its_limits_passes_and_leaves_its_reports(host: st
 
 
 def test_a_limit_that_cannot_hold_fails_it_also_when_it_is_interrupted(host: str, tmp_path: Path) -> None:
-    command = [*LOCUST, "--host", host, *AVATARS, "SpeakerUser", *PATIENT, "--slo-first-frame-p95-ms", "0"]
+    # what a shell starts in the background ignores Ctrl-C, and so would the tests' own child
+    command = ["env", "--default-signal=INT", *LOCUST]
+    command += ["--host", host, *AVATARS, "SpeakerUser", *PATIENT, "--slo-first-frame-p95-ms", "0"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     try:
