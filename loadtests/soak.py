@@ -165,14 +165,17 @@ class Soak:
         return rows
 
     def memory(self) -> list[Row]:
-        """A row a process, and one for all: after the warm-up and at the end, medians of a fifth of the time each."""
+        """A row a process, and one for all: after the warm-up and at the end, peaks of a quarter of the time each.
+
+        Peaks, since memory comes and goes as bundles are forgotten and read anew.
+        """
         count = len(self.looks)
-        after = self.looks[int(WARM_UP * count) : int((WARM_UP + 0.2) * count) + 1]
-        last = self.looks[int(0.8 * count) :]
+        after = self.looks[int(WARM_UP * count) : int(2 * WARM_UP * count) + 1]
+        last = self.looks[int((1 - WARM_UP) * count) :]
         rows: list[Row] = []
         for name in [*sorted(self.looks[-1][1]), "all"]:
             before, now = (
-                float(np.median([sum(look.values()) if name == "all" else look.get(name, 0) for _, look in looks]))
+                float(max(sum(look.values()) if name == "all" else look.get(name, 0) for _, look in looks))
                 for looks in (after, last)
             )
             row: Row = {"process": name, "after_warm_up_mb": before / 1e6, "at_the_end_mb": now / 1e6}

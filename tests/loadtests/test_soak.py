@@ -35,6 +35,10 @@ def test_what_grows_after_the_warm_up_is_named_and_what_grew_before_is_not() -> 
     assert "of all grew by 3.571 %" in whole
 
 
+def test_memory_that_comes_and_goes_does_not_grow() -> None:
+    assert soaked(rasterizer={0: 200, 26: 190, 44: 200, 55: 190, 77: 200}).problems() == []
+
+
 def test_lost_frames_are_counted() -> None:
     assert soaked(lost=8).problems() == ["8 frames were lost."]
 
