@@ -152,6 +152,8 @@ class Server:
         avatars: the folder of the avatar bundles.
         tenants: the file of `talksplat.tenants`, for a server behind the edge: it then believes the header that names
             the tenant. Without one everybody may do everything.
+        shared_memory: open Triton's shared-memory door, through which every caller may have any region of this machine read
+            and written: for measurements.
         trace: where spans go; None: nothing is traced.
         host: where to listen: on this machine, or `EVERYWHERE`, in a network where nobody but the edge gets here.
         ports: where to listen.
@@ -166,6 +168,7 @@ class Server:
         avatars: Path = ROOT / "avatars",
         *,
         tenants: Path | None = None,
+        shared_memory: bool = False,
         trace: Trace | None = None,
         host: str = HOST,
         ports: Ports = Ports(),
@@ -175,6 +178,7 @@ class Server:
         self.repository = repository.resolve()
         self.avatars = avatars.resolve()
         self.tenants = tenants and tenants.resolve()
+        self.shared_memory = shared_memory
         self.trace = trace
         self.host = host
         self.ports = ports
@@ -347,7 +351,8 @@ class Server:
         return told if self.tenants is None else {**told, FILE_VARIABLE: str(self.tenants)}
 
     def _command(self, wheel: _Wheel, backends: Path) -> list[str]:
-        closed = f"closed={secrets.token_hex(16)}"  # a header that nobody is told
+        doors = [door for door in _DOORS if not (self.shared_memory and door == "shared-memory")]
+        closed = f"{','.join(doors)}:closed={secrets.token_hex(16)}"  # a header that nobody is told
         return [
             str(wheel.server),
             f"--model-repository={self.repository}",
@@ -361,8 +366,8 @@ class Server:
             f"--metrics-port={self.ports.metrics}",
             f"--grpc-header-forward-pattern={_FORWARDED}",
             f"--http-header-forward-pattern={_FORWARDED}",
-            f"--grpc-restricted-protocol={_CLOSED}:{closed}",
-            f"--http-restricted-api={_CLOSED}:{closed}",
+            f"--grpc-restricted-protocol={closed}",
+            f"--http-restricted-api={closed}",
             f"--exit-timeout-secs={_EXIT_SECONDS}",
             *(f"--metrics-config={setting}" for setting in _METRICS),
             *(f"--trace-config={setting}" for setting in _tracing(self.trace)),
@@ -420,7 +425,7 @@ class Server:
 
 
 _FORWARDED = "(?i)x-talksplat-.*"  # headers that models see as request parameters
-_CLOSED = "model-repository,shared-memory,trace,logging"  # Triton's doors that nothing here needs
+_DOORS = ("model-repository", "shared-memory", "trace", "logging")  # of Triton, that nothing here needs
 _METRICS = ("summary_latencies=true", "summary_quantiles=0.5:0.05,0.95:0.005,0.99:0.001")  # quantile:error
 _EXIT_SECONDS = 5  # that requests which run get to end when the server is told to stop
 
