@@ -152,8 +152,8 @@ class Server:
         avatars: the folder of the avatar bundles.
         tenants: the file of `talksplat.tenants`, for a server behind the edge: it then believes the header that names
             the tenant. Without one everybody may do everything.
-        shared_memory: open Triton's shared-memory door, through which every caller may have any region of this machine read
-            and written: for measurements.
+        shared_memory: open Triton's shared-memory door, through which every caller may have any region of this machine
+            read and written: for measurements.
         trace: where spans go; None: nothing is traced.
         host: where to listen: on this machine, or `EVERYWHERE`, in a network where nobody but the edge gets here.
         ports: where to listen.
