@@ -90,8 +90,17 @@ def windows(avatar: str) -> list[dict[str, dict[str, Any]]]:
     ]
 
 
-def analyze(binary: Path, url: str, data: Path, concurrency: int, seconds: int) -> dict[str, float]:
-    """The columns of perf_analyzer's report: chunks a second, and latencies in microseconds."""
+def analyze(binary: Path, url: str, data: Path, concurrency: int, seconds: int, *options: str) -> dict[str, float]:
+    """The columns of perf_analyzer's report: chunks a second, and latencies in microseconds.
+
+    Args:
+        binary: see `install`.
+        url: of the server's gRPC.
+        data: a file of `windows`.
+        concurrency: requests at a time.
+        seconds: about so long.
+        options: further ones of perf_analyzer.
+    """
     table = data.with_suffix(".csv")
     load = ["--concurrency-range", str(concurrency), "--measurement-interval", str(1000 * seconds // TRIALS)]
     trials = [
@@ -102,7 +111,7 @@ def analyze(binary: Path, url: str, data: Path, concurrency: int, seconds: int) 
     ]  # it reports their mean, however they differ
     command = [str(binary), "-m", "animate", "-i", "grpc", "-u", url, "--input-data", str(data), *load, *trials]
     libraries = os.pathsep.join(filter(None, [str(FOLDER / "lib"), os.environ.get("LD_LIBRARY_PATH")]))
-    _run([*command, "-f", str(table)], seconds, os.environ | {"LD_LIBRARY_PATH": libraries})
+    _run([*command, *options, "-f", str(table)], seconds, os.environ | {"LD_LIBRARY_PATH": libraries})
     return only_row(table)
 
 

@@ -35,7 +35,7 @@ import onnxruntime as ort
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from loadtests.streams import TIMEOUT_SECONDS, Ask, AskError, Connection
+from loadtests.streams import JPEG_BEGINS, TIMEOUT_SECONDS, Ask, AskError, Connection
 from talksplat import avatar as bundle
 from talksplat import clock
 from talksplat.animator import Animator, Chunk, Options
@@ -194,10 +194,10 @@ class _HttpConnection:
         for _, writer in self._free:
             writer.close()
 
-    async def ask(self, ask: Ask) -> bytes:
+    async def ask(self, ask: Ask) -> int:
         """See `loadtests.streams.Connection`."""
-        if ask.audio is None:
-            raise AskError("UNIMPLEMENTED")  # it has no idle chunks
+        if ask.audio is None or ask.chunks > 1:
+            raise AskError("UNIMPLEMENTED")  # it has no idle chunks, and a request is one
         writer: asyncio.StreamWriter | None = None
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
@@ -212,7 +212,7 @@ class _HttpConnection:
         self._free.append((reader, writer))
         if status != 200:
             raise AskError(f"HTTP_{status}")
-        return answer
+        return answer.count(JPEG_BEGINS)
 
 
 async def _exchange(

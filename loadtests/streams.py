@@ -4,7 +4,7 @@ A *viewer* watches one stream after the other (utterances of a conversation), ea
 a gap; its stream id and its frame index go on. What is sent when is fixed in advance (`schedule`), so nothing that
 goes wrong lightens the load; `loadtests.slo` says when a request is due and what counts. `paced` drives that open
 loop; `flat_out` drives a closed one, in which every viewer sends its next chunk as soon as the last one is answered.
-Requests are put together from ready-made bytes and answers are not decoded, beyond counting the JPEGs in them.
+Requests are put together from ready-made bytes and answers are not decoded, beyond counting the frames in them.
 """
 
 from __future__ import annotations
@@ -57,20 +57,21 @@ class AskError(Exception):
 
 @dataclass(frozen=True)
 class Ask:
-    """One chunk that a viewer wants."""
+    """A chunk that a viewer wants, or several in one request."""
 
     avatar: str
     size: int  # pixels a side
     seed: int
-    frame_index: int  # of the chunk's first frame
-    audio: bytes | None  # f32 [WINDOW], None of an idle chunk
+    frame_index: int  # of the first chunk's first frame
+    audio: bytes | None  # f32 [chunks, WINDOW], None of idle ones
+    chunks: int = 1
 
 
 class Connection(Protocol):
     """One stream's way to the server."""
 
-    def ask(self, ask: Ask) -> Awaitable[bytes]:
-        """The answer, in which the frames' JPEGs lie.
+    def ask(self, ask: Ask) -> Awaitable[int]:
+        """How many frames came.
 
         Raises:
             AskError: there is none, or it is an error.
@@ -95,20 +96,28 @@ class Triton:
     ca: Path | None = None  # certificates to trust, PEM; with them TLS is spoken
     deadline_ms: int | None = None  # after which a chunk is not rendered any more
     model: str = "animate"
+    format: Literal["jpeg", "raw"] = "jpeg"
+    quality: int | None = None  # of JPEG; None: as the server has it
 
     @contextlib.asynccontextmanager
     async def open(self, stream_id: str) -> AsyncIterator[Connection]:
         """See `Target`."""
+        async with self.channel() as channel:
+            yield _GrpcConnection(self, stream_id, channel.unary_unary(METHOD), self.metadata(stream_id))
+
+    def channel(self) -> Any:
+        """A new gRPC channel of asyncio's, a context manager."""
         if self.ca is None:
-            channel = grpc.aio.insecure_channel(self.url, CHANNEL_OPTIONS)
-        else:
-            trusted = grpc.ssl_channel_credentials(self.ca.read_bytes())
-            channel = grpc.aio.secure_channel(self.url, trusted, CHANNEL_OPTIONS)
+            return grpc.aio.insecure_channel(self.url, CHANNEL_OPTIONS)
+        trusted = grpc.ssl_channel_credentials(self.ca.read_bytes())
+        return grpc.aio.secure_channel(self.url, trusted, CHANNEL_OPTIONS)
+
+    def metadata(self, stream_id: str) -> list[tuple[str, str]]:
+        """The headers of each request."""
         metadata = [("x-talksplat-stream", stream_id)]
         if self.key is not None:
             metadata.append(("authorization", f"Bearer {self.key}"))
-        async with channel:
-            yield _GrpcConnection(self, stream_id, channel.unary_unary(METHOD), metadata)
+        return metadata
 
     def request(self, stream_id: str, ask: Ask) -> bytes:
         """A serialised ModelInferRequest: concatenated messages are one message."""
@@ -119,18 +128,27 @@ class Triton:
         head.parameters["seed"].int64_param = ask.seed
         if self.deadline_ms is not None:
             head.parameters["deadline_ms"].int64_param = self.deadline_ms
+        if self.format != "jpeg":
+            head.parameters["format"].string_param = self.format
+        if self.quality is not None:
+            head.parameters["quality"].int64_param = self.quality
         avatar = ask.avatar.encode()
-        head.inputs.add(name="AVATAR", datatype="BYTES", shape=[1, 1])
-        head.inputs.add(name="FRAME_INDEX", datatype="INT64", shape=[1, 1])
-        head.raw_input_contents.append(struct.pack("<I", len(avatar)) + avatar)
-        head.raw_input_contents.append(struct.pack("<q", ask.frame_index))
-        return bytes(head.SerializeToString()) + (b"" if ask.audio is None else _audio_input(ask.audio))
+        indices = range(ask.frame_index, ask.frame_index + ask.chunks * clock.CHUNK_FRAMES, clock.CHUNK_FRAMES)
+        head.inputs.add(name="AVATAR", datatype="BYTES", shape=[ask.chunks, 1])
+        head.inputs.add(name="FRAME_INDEX", datatype="INT64", shape=[ask.chunks, 1])
+        head.raw_input_contents.append(ask.chunks * (struct.pack("<I", len(avatar)) + avatar))
+        head.raw_input_contents.append(struct.pack(f"<{ask.chunks}q", *indices))
+        return bytes(head.SerializeToString()) + (b"" if ask.audio is None else _audio_input(ask.audio, ask.chunks))
+
+    def frames(self, answer: bytes, ask: Ask) -> int:
+        """How many there are in a serialised ModelInferResponse."""
+        return len(answer) // (3 * ask.size**2) if self.format == "raw" else answer.count(JPEG_BEGINS)
 
 
 @functools.lru_cache(None)
-def _audio_input(audio: bytes) -> bytes:
+def _audio_input(audio: bytes, chunks: int) -> bytes:
     message = service_pb2.ModelInferRequest(raw_input_contents=[audio])
-    message.inputs.add(name="AUDIO", datatype="FP32", shape=[1, clock.WINDOW])
+    message.inputs.add(name="AUDIO", datatype="FP32", shape=[chunks, clock.WINDOW])
     return bytes(message.SerializeToString())
 
 
@@ -141,12 +159,13 @@ class _GrpcConnection:
     call: Any  # a unary-unary multicallable, bytes to bytes
     metadata: Sequence[tuple[str, str]]
 
-    async def ask(self, ask: Ask) -> bytes:
+    async def ask(self, ask: Ask) -> int:
         request = self.target.request(self.stream_id, ask)
         try:
-            return bytes(await self.call(request, timeout=TIMEOUT_SECONDS, metadata=self.metadata))
+            answer = await self.call(request, timeout=TIMEOUT_SECONDS, metadata=self.metadata)
         except grpc.RpcError as error:
             raise AskError(error.code().name) from error
+        return self.target.frames(answer, ask)
 
 
 @dataclass(frozen=True)
@@ -160,10 +179,16 @@ class Load:
     kinds: tuple[Kind, ...] = ("speaking",)  # of a viewer's streams, in turn
     speech: Path = SPEECH  # WAV, 16 kHz mono 16 bit; its pauses are left out
     chunks: int = 25  # of a stream: 4 s
+    chunks_per_request: int = 1  # each waits for the voice of all of them
     seed: int = 0  # of when streams start and what they say
 
     def __post_init__(self) -> None:
-        if min(self.streams, self.chunks) < 1 or not self.avatars or not self.kinds or not self.seconds > 0:
+        if (
+            min(self.streams, self.chunks, self.chunks_per_request) < 1
+            or not self.avatars
+            or not self.kinds
+            or not self.seconds > 0
+        ):
             raise ValueError("A load needs streams, avatars, kinds, chunks and seconds.")
 
     @property
@@ -305,6 +330,7 @@ class _Run:
     failed_ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     lags: list[float] = field(default_factory=list)
     in_time: int = 0  # chunks that came within the measured time
+    speech: dict[tuple[int, int], bytes] = field(default_factory=dict)
     window: tuple[float, float] = (0.0, 0.0)  # the measured time
 
     def __post_init__(self) -> None:
@@ -357,22 +383,22 @@ class _Run:
         statuses: set[str | None] = set()
         async with self.target.open(_stream_id(stream.viewer)) as connection:
 
-            async def chunk(number: int) -> float | None:
-                when = due(start, number)
+            async def request(numbers: range) -> list[float | None]:
+                when = due(start, numbers[-1])
                 self.lags.append(time.monotonic() - when)
-                status = await self._ask(connection, stream, number)
+                status = await self._ask(connection, stream, numbers)
                 now = time.monotonic()
                 statuses.add(status)
                 if status is None:
-                    return now
+                    return [now] * len(numbers)
                 self.failed_ms[status].append(1e3 * (now - when))
-                return None
+                return [None] * len(numbers)
 
             tasks = []
-            for number in range(stream.chunks):
-                await _until(due(start, number))
-                tasks.append(asyncio.ensure_future(chunk(number)))
-            arrivals = await asyncio.gather(*tasks)
+            for numbers in self._requests(stream):
+                await _until(due(start, numbers[-1]))
+                tasks.append(asyncio.ensure_future(request(numbers)))
+            arrivals = [arrival for answered in await asyncio.gather(*tasks) for arrival in answered]
         return None if statuses == {"RESOURCE_EXHAUSTED"} else arrivals
 
     async def _flat_out_viewer(self, viewer: int) -> list[tuple[float, bool]]:
@@ -383,33 +409,45 @@ class _Run:
             stream = self.load.stream(viewer, number, draw)
             began = time.monotonic()
             async with self.target.open(_stream_id(viewer)) as connection:
-                for chunk in range(stream.chunks):
+                for numbers in self._requests(stream):
                     if began >= self.window[1]:
                         return chunks
-                    if (status := await self._ask(connection, stream, chunk)) is not None:
+                    if (status := await self._ask(connection, stream, numbers)) is not None:
                         raise RuntimeError(f"A chunk was answered with {status}.")
                     now = time.monotonic()
                     if self.window[0] <= now < self.window[1]:
-                        chunks.append((1e3 * (now - began), chunk == 0))
+                        chunks.append((1e3 * (now - began), numbers[0] == 0))
                     began = now
         raise AssertionError  # the loop above has no end of its own
 
-    async def _ask(self, connection: Connection, stream: Stream, chunk: int) -> str | None:
-        """Ask for a chunk; None, or the status where no frames came."""
-        audio = {
-            "speaking": self.voice[(stream.offset + chunk) % len(self.voice)],
-            "silent": SILENCE,
-            "idle": None,
-        }[stream.kind]
-        frame_index = stream.first_frame_index + chunk * clock.CHUNK_FRAMES
+    def _requests(self, stream: Stream) -> list[range]:
+        """Which chunks each request of a stream carries."""
+        numbers = range(stream.chunks)
+        return [
+            numbers[begin : begin + self.load.chunks_per_request] for begin in numbers[:: self.load.chunks_per_request]
+        ]
+
+    async def _ask(self, connection: Connection, stream: Stream, numbers: range) -> str | None:
+        """Ask for chunks; None, or the status where no frames came."""
+        begin, chunks = stream.offset + numbers[0], len(numbers)
+        audio = {"speaking": self._speech(begin % len(self.voice), chunks), "silent": SILENCE * chunks, "idle": None}
+        frame_index = stream.first_frame_index + numbers[0] * clock.CHUNK_FRAMES
+        ask = Ask(stream.avatar, self.load.size, stream.viewer, frame_index, audio[stream.kind], chunks)
         try:
-            answer = await connection.ask(Ask(stream.avatar, self.load.size, stream.viewer, frame_index, audio))
+            frames = await connection.ask(ask)
         except AskError as error:
             return str(error)
-        if answer.count(JPEG_BEGINS) != clock.CHUNK_FRAMES:
+        if frames != chunks * clock.CHUNK_FRAMES:
             return "NO_FRAMES"
-        self.in_time += self.window[0] <= time.monotonic() < self.window[1]
+        self.in_time += chunks * (self.window[0] <= time.monotonic() < self.window[1])
         return None
+
+    def _speech(self, begin: int, chunks: int) -> bytes:
+        """So many windows; the same object each time, whose request is ready-made."""
+        if (begin, chunks) not in self.speech:
+            windows = [self.voice[number % len(self.voice)] for number in range(begin, begin + chunks)]
+            self.speech[begin, chunks] = b"".join(windows)
+        return self.speech[begin, chunks]
 
     async def _cpu_seconds(self) -> float:
         """Of this process in the measured time."""
