@@ -74,19 +74,18 @@ def test_a_cast_is_of_separate_avatars_and_a_crowd_of_links(tmp_path: Path) -> N
 
 
 def test_a_server_is_measured_from_streams_to_memory(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, generator: Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streams, "LEAD_SECONDS", 0.2)
     assert server.pid is not None
     plan = dataclasses.replace(QUICK, switches=5)
-    with Generator() as generator:
-        bench = Bench(generator, Triton(server.grpc_url), server.pid, ("red", "green"), plan, server, most=1)
-        rows: list[Row] = []
-        held = bench.search(rows)
-        flat_out = bench.flat_out()
-        preloads = bench.preload_under_load(("red", "blue"), held)
-        still = bench.avatars_at_rest(("red", "blue"))
-        switches = bench.switches(("red", "blue", "green"))
+    bench = Bench(generator, Triton(server.grpc_url), server.pid, ("red", "green"), plan, server, most=1)
+    rows: list[Row] = []
+    held = bench.search(rows)
+    flat_out = bench.flat_out()
+    preloads = bench.preload_under_load(("red", "blue"), held)
+    still = bench.avatars_at_rest(("red", "blue"))
+    switches = bench.switches(("red", "blue", "green"))
     wanted = ["size", "streams", "first_frame_p95_ms", "deadline_miss_pct", "frames_per_s", "slo_ok"]
     assert all(list(row)[:6] == wanted for row in rows)
     assert held[64] in (0, 1)  # a machine under other load may not hold even one

@@ -65,11 +65,10 @@ def test_what_makes_no_chunk_is_refused(plain: PlainServer) -> None:
     assert post(plain, "/animate?avatar=red", windows()[0])[0] == 422
 
 
-def test_the_same_generator_drives_it(plain: PlainServer) -> None:
-    with Generator() as generator:
-        seen = generator.flat_out(plain.target, Load(2, ("red", "green"), size=64, seconds=1.0, chunks=4))
-        assert seen.frames_per_s > 0
-        idle = generator.paced(plain.target, Load(1, ("red",), size=64, seconds=0.5, chunks=2, kinds=("idle",)))
+def test_the_same_generator_drives_it(plain: PlainServer, generator: Generator) -> None:
+    seen = generator.flat_out(plain.target, Load(2, ("red", "green"), size=64, seconds=1.0, chunks=4))
+    assert seen.frames_per_s > 0
+    idle = generator.paced(plain.target, Load(1, ("red",), size=64, seconds=0.5, chunks=2, kinds=("idle",)))
     assert set(idle.failed_ms) == {"UNIMPLEMENTED"}
 
 

@@ -10,10 +10,11 @@ from loadtests.usage import Usage, batching
 from talksplat.server import Server
 
 
-def test_every_part_of_the_path_has_its_share(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_part_of_the_path_has_its_share(
+    server: Server, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(profile, "LOADS", (("flat_out", 2),))
-    with Generator() as generator:
-        rows = profile.measure(server, generator, "red", 64, 1.0, chunks=5)
+    rows = profile.measure(server, generator, "red", 64, 1.0, chunks=5)
     parts = {(row["view"], row["part"]): row for row in rows}
     for stage in (*profile.DRAWN, *profile.NETS, "avatar"):
         assert float(parts["stage", stage]["cpu_ms"] or 0) > -0.2  # some are differences of times

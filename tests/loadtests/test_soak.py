@@ -61,10 +61,9 @@ def test_the_streams_are_a_share_of_what_held(tmp_path: Path) -> None:
     assert streams_of(path, 64) == 0
 
 
-def test_a_short_soak_of_the_real_server(server: Server, tmp_path: Path) -> None:
+def test_a_short_soak_of_the_real_server(server: Server, generator: Generator, tmp_path: Path) -> None:
     soak = Soak(2, 64, minutes=0.01, round_seconds=1.5, chunks=5)
-    with Generator() as generator:
-        soak.run(server, generator, ("red", "green", "blue"))
+    soak.run(server, generator, ("red", "green", "blue"))
     (row,) = soak.rows()
     assert row["lost"] == 0
     assert int(row["frames"] or 0) >= 20

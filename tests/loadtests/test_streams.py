@@ -2,7 +2,6 @@ import threading
 import time
 import wave
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +135,6 @@ class _JpegServer(ScriptedServer):
 @pytest.fixture(autouse=True)
 def _no_long_lead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "LEAD_SECONDS", 0.2)
-
-
-@pytest.fixture(scope="module")
-def generator() -> Iterator[Generator]:
-    with Generator() as generator:
-        yield generator
 
 
 SHORT = Load(2, ("ava",), seconds=0.9, chunks=4)
