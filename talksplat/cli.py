@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{EVERYWHERE}: for other machines, too, in a network where nobody but the edge gets here",
     )
     up.add_argument("--run-dir", type=Path, help="folder of the log; default: runs/PORT beside the repository")
+    up.add_argument("--log-to-stdout", action="store_true", help="print Triton's log, too, instead: for containers")
     _add_tracing(up)
     up.set_defaults(run=_up)
 
@@ -129,6 +130,7 @@ def _up(arguments: argparse.Namespace) -> int:
         host=arguments.host,
         ports=ports,
         run_dir=run_dir,
+        log_to_stdout=arguments.log_to_stdout,
     )
     console = Console(highlight=False, soft_wrap=True, markup=False)
 
@@ -136,7 +138,9 @@ def _up(arguments: argparse.Namespace) -> int:
         avatars = ", ".join(bundle.available(server.avatars)) or f"none in {server.avatars}"
         console.print(f"Serving, as process {server.pid}; Ctrl-C stops it. Avatars: {avatars}.")
         console.print(f"  gRPC     {server.grpc_url}\n  HTTP     http://{server.http_url}")
-        console.print(f"  metrics  {server.metrics_url}\n  log      {run_dir / 'triton.log'}")
+        console.print(f"  metrics  {server.metrics_url}")
+        if not server.log_to_stdout:
+            console.print(f"  log      {run_dir / 'triton.log'}")
 
     console.print("Starting Triton ...")
     _until_interrupted(lambda: Supervisor(server, console.print).run(serving), console)

@@ -1,11 +1,13 @@
-"""The embedded Triton: NVIDIA's tritonserver out of the nvidia-pytriton wheel, on a plain CPU.
+"""The embedded Triton: NVIDIA's tritonserver, of the nvidia-pytriton wheel on a plain CPU, or of NVIDIA's container.
 
     with Server(avatars=Path("avatars"), ports=Ports.free()) as server:
         client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
 
 The wheel carries the server, its Python backend and one backend stub a CPython version; the ONNX Runtime backend is
-this project's own (``backends/onnxruntime``). A started server has answered a real request from audio to text and
-frames: Triton's readiness alone says little, since it stays true when a backend stub is dead.
+this project's own (``backends/onnxruntime``). The container has native backends, TensorRT's among them.
+
+A started server has answered a real request from audio to text and frames: Triton's readiness alone says little, since
+it stays true when a backend stub is dead.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ HOST = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"
 CANARY_FILE = "canary"  # in the run folder, as old as the last canary that was answered: what else can look at
 STUB = "triton_python_backend_stub"
+CONTAINER = Path("/opt/tritonserver")  # where NVIDIA's images have Triton
 SHARED_MEMORY = Path("/dev/shm")
 NO_PROXY = [("grpc.enable_http_proxy", 0)]  # which gRPC would ask even for this machine
 TAIL = 15  # lines of the log that a failed start shows
@@ -59,12 +62,12 @@ class ServerError(RuntimeError):
     """The server cannot start or does not serve; the message says why and, where known, what to do."""
 
 
-class MissingWheelError(ServerError):
-    """nvidia-pytriton is not installed, or is not the version that constraints.txt pins."""
+class MissingTritonError(ServerError):
+    """There is no tritonserver, or parts of it are missing."""
 
 
 class UnsupportedPythonError(ServerError):
-    """The wheel has no backend stub for this Python."""
+    """Triton has no backend stub for this Python."""
 
 
 class MissingModelsError(ServerError):
@@ -159,6 +162,7 @@ class Server:
         ports: where to listen.
         run_dir: keeps the log, ``triton.log``, and the one before it; by default a temporary folder that a clean stop
             removes.
+        log_to_stdout: write no log there, but to this process's standard output, which a container's engine keeps.
         start_timeout: seconds until the first canary must have been answered.
     """
 
@@ -173,6 +177,7 @@ class Server:
         host: str = HOST,
         ports: Ports = Ports(),
         run_dir: Path | None = None,
+        log_to_stdout: bool = False,
         start_timeout: float = 60.0,
     ) -> None:
         self.repository = repository.resolve()
@@ -183,6 +188,7 @@ class Server:
         self.host = host
         self.ports = ports
         self.run_dir = run_dir
+        self.log_to_stdout = log_to_stdout
         self.start_timeout = start_timeout
         self.restarts = 0  # that a supervisor has counted: told to the models, for the metrics
         self._canary = ""  # the name that canaries go by, where every request needs a tenant's
@@ -232,7 +238,7 @@ class Server:
             TenantsError: the tenants file can't be used.
             OSError: the log can't be written.
         """
-        wheel = _Wheel.find()
+        installation = _Installation.find()
         _require_models(self.repository)
         if self.tenants is not None:
             Tenants.read(self.tenants)
@@ -240,7 +246,7 @@ class Server:
         _remove_abandoned()
         self._canary = f"canary-{secrets.token_hex(16)}"  # never known outside, so that nobody else goes by it
         try:
-            self._launch(wheel)
+            self._launch(installation)
             self._wait_until_serving(time.monotonic() + self.start_timeout)
         except BaseException:
             self._end(keep_log=True)
@@ -322,15 +328,15 @@ class Server:
                     return avatar_id
         return None
 
-    def _launch(self, wheel: _Wheel) -> None:
+    def _launch(self, installation: _Installation) -> None:
         self._temporary = Path(tempfile.mkdtemp(prefix=self._prefix))
         backends = self._temporary / "backends"
-        wheel.assemble(backends)
+        installation.assemble(backends)
         run_dir = self.run_dir or self._temporary
         run_dir.mkdir(parents=True, exist_ok=True)
         self._process = subprocess.Popen(
-            self._command(wheel, backends),
-            env={**_environment(wheel), **self._told_to_models()},
+            self._command(installation, backends),
+            env={**_environment(installation), **self._told_to_models()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -340,7 +346,7 @@ class Server:
             preexec_fn=_end_with_launcher,
         )
         assert self._process.stdout is not None
-        self._log = _Log(self._process.stdout, run_dir / "triton.log")
+        self._log = _Log(self._process.stdout, None if self.log_to_stdout else run_dir / "triton.log")
 
     def _told_to_models(self) -> dict[str, str]:
         told = {
@@ -350,14 +356,14 @@ class Server:
         }
         return told if self.tenants is None else {**told, FILE_VARIABLE: str(self.tenants)}
 
-    def _command(self, wheel: _Wheel, backends: Path) -> list[str]:
+    def _command(self, installation: _Installation, backends: Path) -> list[str]:
         doors = [door for door in _DOORS if not (self.shared_memory and door == "shared-memory")]
         closed = f"{','.join(doors)}:closed={secrets.token_hex(16)}"  # a header that nobody is told
         return [
-            str(wheel.server),
+            str(installation.server),
             f"--model-repository={self.repository}",
             f"--backend-directory={backends}",
-            f"--cache-directory={wheel.caches}",
+            f"--cache-directory={installation.caches}",
             f"--http-address={self.host}",
             f"--http-port={self.ports.http}",
             f"--grpc-address={self.host}",
@@ -471,59 +477,100 @@ def _ask(
 
 
 @dataclass(frozen=True)
-class _Wheel:
-    """The parts of the installed nvidia-pytriton."""
+class _Installation:
+    """A tritonserver and what belongs to it."""
 
     server: Path
-    libraries: Path
-    python_backend: Path
-    stub: Path
     caches: Path
+    backends: Path  # those that came with it
+    stub: Path  # of the Python backend, for the Python that runs here
+    libraries: tuple[Path, ...] = ()  # folders that the loader has to be told of
 
     @classmethod
-    def find(cls) -> _Wheel:
+    def find(cls) -> _Installation:
+        """That of NVIDIA's container, in there, and the wheel's everywhere else.
+
+        Raises:
+            MissingTritonError: it is not there, or lacks a part.
+            UnsupportedPythonError: it has no stub for this Python.
+        """
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        found = cls._of_container(version) if (CONTAINER / "bin").is_dir() else cls._of_wheel(version)
+        for path in (found.server, found.caches, found.backends / "python", found.stub, *found.libraries):
+            if not path.exists():
+                raise MissingTritonError(f"There is no {path}: install Triton again, in the version that is pinned.")
+        return found
+
+    @classmethod
+    def _of_container(cls, version: str) -> _Installation:
+        backends = CONTAINER / "backends"
+        stub = backends / "python" / STUB
+        linked = _LIBPYTHON.search(stub.read_bytes()) if stub.exists() else None
+        if linked is not None and linked[1].decode() != version:
+            raise UnsupportedPythonError(
+                f"The backend stub of {CONTAINER} is for Python {linked[1].decode()}, and this is {version}: "
+                "use the Python of the container."
+            )
+        return cls(CONTAINER / "bin" / "tritonserver", CONTAINER / "caches", backends, stub)
+
+    @classmethod
+    def _of_wheel(cls, version: str) -> _Installation:
         spec = importlib.util.find_spec("pytriton")  # finds it without importing it
         if spec is None or spec.origin is None:
-            raise MissingWheelError(
+            raise MissingTritonError(
                 f"nvidia-pytriton, which carries tritonserver, is not installed for {sys.executable}: "
                 "run `make models`, which installs all that is needed."
             )
         package = Path(spec.origin).parent
         root = package / "tritonserver"
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        wheel = cls(
-            server=root / "bin" / "tritonserver",
-            libraries=package.parent / "nvidia_pytriton.libs",
-            python_backend=root / "backends" / "python",
-            stub=root / "python_backend_stubs" / version / STUB,
-            caches=root / "caches",
-        )
-        if wheel.server.exists() and not wheel.stub.exists():
+        stubs = root / "python_backend_stubs"
+        if stubs.is_dir() and not (stubs / version).is_dir():
             raise UnsupportedPythonError(
                 f"nvidia-pytriton has no backend stub for Python {version}: use Python 3.11 or 3.12."
             )
-        for path in vars(wheel).values():
-            if not path.exists():
-                raise MissingWheelError(f"nvidia-pytriton has no {path}: install the version of constraints.txt.")
-        return wheel
+        return cls(
+            root / "bin" / "tritonserver",
+            root / "caches",
+            root / "backends",
+            stubs / version / STUB,
+            (package.parent / "nvidia_pytriton.libs", Path(sysconfig.get_config_var("LIBDIR"))),
+        )
 
     def assemble(self, target: Path) -> None:
-        """Make Triton's backend directory: the stub has to lie beside the Python backend's library."""
-        shutil.copytree(self.python_backend, target / "python", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy2(self.stub, target / "python")
-        (target / "onnxruntime").symlink_to(ROOT / "backends" / "onnxruntime")
+        """Make Triton's backend directory; where there is no native ONNX Runtime, with ours.
+
+        The stub has to lie beside the Python backend's library, of which Triton takes no link.
+        """
+        target.mkdir()
+        folders = {each.name: each for parent in (ROOT / "backends", self.backends) for each in parent.iterdir()}
+        if self.stub.parent != folders["python"]:
+            shutil.copytree(folders.pop("python"), target / "python", ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copy2(self.stub, target / "python")
+        for name, folder in folders.items():
+            (target / name).symlink_to(folder)
+
+
+_LIBPYTHON = re.compile(rb"libpython(\d+\.\d+)")
 
 
 class _Log:
-    """Copies the server's output to a file: readable, without what is normal on a machine that has no GPU."""
+    """Copies the server's output to a file: readable, without what is normal on a machine that has no GPU.
 
-    def __init__(self, stream: IO[str], path: Path) -> None:
+    Args:
+        stream: that output.
+        path: of the file; None: standard output.
+    """
+
+    def __init__(self, stream: IO[str], path: Path | None) -> None:
         self.path = path
         self._tail: deque[str] = deque(maxlen=TAIL)
         self._errors: deque[str] = deque(maxlen=TAIL)
-        with contextlib.suppress(FileNotFoundError):
-            path.replace(path.with_suffix(".previous.log"))  # it says why the server had to be started again
-        file = path.open("w", buffering=1)
+        if path is None:
+            file = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                path.replace(path.with_suffix(".previous.log"))  # it says why the server had to be started again
+            file = path.open("w", buffering=1)
         self._thread = threading.Thread(target=self._copy, args=(stream, file), name="triton-log", daemon=True)
         self._thread.start()
 
@@ -531,7 +578,7 @@ class _Log:
         """The last errors, or else the last lines, for a message."""
         time.sleep(0.1)  # the last words may still be on their way
         lines = list(self._errors) or list(self._tail)
-        return "".join(f"\n  {line}" for line in lines) + f"\nThe whole log: {self.path}"
+        return "".join(f"\n  {line}" for line in lines) + (f"\nThe whole log: {self.path}" if self.path else "")
 
     def close(self) -> None:
         self._thread.join(5)
@@ -550,8 +597,10 @@ class _Log:
 
 _LEVELS = {"I": "INFO", "W": "WARNING", "E": "ERROR", "F": "FATAL"}
 _LINE = re.compile(r'([IWEF])\d{4} (\d\d:\d\d:\d\d\.\d{3})\d* \d+ [\w.]+:\d+\] "?(.*?)"?$')
-_NOISE = re.compile(  # tables of what the configs and the command line say, and the lack of a GPU
-    r"^[+|]|^I\d{4} .*\] ?$|CudaDriverHelper|pinned memory|NVML|DCGM|nvidia-ml|CUDA memory pool|CUDA driver|"
+_TABLES = re.compile(r"^[+|]|^I\d{4} .*\] ?$")  # of what the configs and the command line say
+_GPU = Path("/dev/nvidiactl")
+_NO_GPU = re.compile(  # what is said where there is none
+    r"CudaDriverHelper|pinned memory|NVML|DCGM|nvidia-ml|CUDA memory pool|CUDA driver|"
     r"cudaSuccess|unable to create stream|GPU metrics|cnmem"
 )
 
@@ -561,7 +610,7 @@ def readable(line: str) -> str | None:
     line = line.rstrip()
     if line.startswith("{"):  # of talksplat.log
         return line
-    if not line or _NOISE.search(line):
+    if not line or _TABLES.search(line) or (_NO_GPU.search(line) and not _GPU.exists()):
         return None
     line = line.split(r"\n\nAt:")[0]  # the stack of a Python model's exception, on one line
     if found := _LINE.match(line):
@@ -579,9 +628,9 @@ def _end_with_launcher() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _environment(wheel: _Wheel) -> dict[str, str]:
+def _environment(installation: _Installation) -> dict[str, str]:
     """PATH selects the stubs' interpreter; without these libraries the server's start hangs."""
-    libraries = [str(wheel.libraries), sysconfig.get_config_var("LIBDIR"), os.environ.get("LD_LIBRARY_PATH", "")]
+    libraries = [*map(str, installation.libraries), os.environ.get("LD_LIBRARY_PATH", "")]
     return {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
@@ -605,11 +654,18 @@ def _require_models(repository: Path) -> None:
             config = text_format.Parse(path.read_text(), ModelConfig())
         except text_format.ParseError as error:
             raise ServerError(f"{path} can't be parsed: {error}.") from error
-        file = path.parent / "1" / (config.default_model_filename or "model.onnx")
-        if config.backend == "onnxruntime" and not file.is_file():
+        name = _FILES.get(config.backend or config.platform)
+        if name is not None and not (path.parent / "1" / (config.default_model_filename or name)).is_file():
             missing.append(path.parent.name)
     if missing:
-        raise MissingModelsError(f"{repository} lacks the exported model of {', '.join(missing)}: run `make models`.")
+        raise MissingModelsError(
+            f"{repository} lacks the model file of {', '.join(missing)}: run `make models`, "
+            "and for a derived repository what has made it."
+        )
+
+
+# by backend, or platform, what Triton looks for
+_FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "tensorrt_plan": "model.plan"}
 
 
 def _is_ready(port: int) -> bool:

@@ -17,7 +17,7 @@ from talksplat import server as server_module
 from talksplat.server import (
     ROOT,
     MissingModelsError,
-    MissingWheelError,
+    MissingTritonError,
     PortInUseError,
     Ports,
     Server,
@@ -78,9 +78,9 @@ def test_missing_models_are_named_with_what_to_do(tmp_path: Path) -> None:
         Server(tmp_path / "nowhere", tmp_path).start()
 
 
-def test_a_missing_wheel_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(MissingWheelError, match="nvidia-pytriton"):
+    with pytest.raises(MissingTritonError, match="nvidia-pytriton"):
         Server(avatars=tmp_path).start()
 
 
