@@ -114,14 +114,14 @@ def streams(order: Order, generator: Generator, folder: Path) -> Row:
     )
     watch = Watch(order.pid, order.url)
     seen = generator.paced(order.target, load, watch)
-    if not seen.playouts:
-        raise RuntimeError("No stream began within the measured time.")
+    if seen.failed_ms:
+        statuses = ", ".join(f"{len(failed)} x {status}" for status, failed in seen.failed_ms.items())
+        raise RuntimeError(f"Requests failed: {statuses}.")
     summary, cpu = Summary.of(seen.playouts), sum(watch.cpu_seconds.values())
     wanted = ("first_frame_p95_ms", "chunk_p50_ms", "chunk_p95_ms", "deadline_miss_pct")
     return {
         **{name: summary.row()[name] for name in wanted},
         "slo_ok": int(summary.ok()),
-        "failed_requests": sum(map(len, seen.failed_ms.values())),
         "server_cpu_s_per_stream_s": cpu / (order.count * order.seconds),
         "generator_cpu_share_pct": 100 * seen.cpu_seconds / (seen.cpu_seconds + cpu),
         "generator_lag_p99_ms": seen.lag_p99_ms,
@@ -174,6 +174,7 @@ class _SharedConnection:
         region = self.free.pop() if self.free else await self._register(ask)
         region.clear()
         output = service_pb2.ModelInferRequest()
+        output.outputs.add(name="SPEECH")  # the ensemble ends with an error when only one of its outputs is asked for
         wanted = output.outputs.add(name="FRAMES")
         wanted.parameters["shared_memory_region"].string_param = region.name
         wanted.parameters["shared_memory_byte_size"].int64_param = region.size
