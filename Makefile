@@ -83,6 +83,10 @@ soak: models $(VENV)/.dev  ## twenty minutes at 80 % of what `make bench` found 
 faults: models $(VENV)/.dev  ## break every part under streams; prints a table, writes bench/faults.json
 	FAULTS_JSON=bench/faults.json $(BIN)/python -m pytest -q -s tests/faults --deselect tests/faults/test_fuzz.py
 
+.PHONY: image-check
+image-check: $(VENV)/.dev  ## the steps of the CPU image without Docker, then its services, confined as by docker-compose.yml; as root
+	IMAGE_CHECK=1 $(BIN)/python -m pytest -q -s tests/deploy/test_image.py
+
 .PHONY: fuzz
 fuzz: models $(VENV)/.dev  ## 5,000 spoilt requests at every door, others each time
 	FUZZ_INPUTS=5000 $(BIN)/python -m pytest -q tests/faults/test_fuzz.py --timeout 900
