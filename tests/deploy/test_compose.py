@@ -25,52 +25,23 @@ from urllib.parse import urlsplit
 import jsonschema
 import pytest
 import yaml
+from compose import FILE, Document, UnsetError, load
 from dockerfile import Dockerfile
 
 from talksplat import cli, edge
 from talksplat.server import CANARY_FILE, ROOT, Ports
 from talksplat.tenants import Tenants
 
-FILE = ROOT / "docker-compose.yml"
 DOCKER = ROOT / "deploy" / "docker"
 SCRIPTS = sorted(DOCKER.glob("*.sh"))
 BIN = Path(sys.executable).parent  # hadolint and shellcheck come in wheels
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OWN = "talksplat-server"
 
-Document: TypeAlias = dict[str, Any]
 Service: TypeAlias = dict[str, Any]
 
 
-class UnsetError(Exception):
-    """A variable that has to be set is not; the message is the file's."""
-
-
-def interpolated(text: str, environment: dict[str, str]) -> str:
-    """As Compose replaces ``${NAME:-default}``, ``${NAME:?message}`` and ``$$``, of which the file uses no others."""
-
-    def value(found: re.Match[str]) -> str:
-        name, kind, rest = found.groups()
-        if found[0] == "$$":
-            return "$"
-        if name is None:
-            raise ValueError(f"{text[found.start() : found.start() + 20]!r} is none of the forms")
-        if environment.get(name):
-            return environment[name]
-        if kind == ":?":
-            raise UnsetError(f"{name} {rest}")
-        return str(rest)
-
-    return re.sub(r"\$\$|\$\{(\w+)(:-|:\?)([^}]+)\}|\$", value, text)
-
-
-def load(environment: dict[str, str] | None = None) -> Document:
-    text = interpolated(FILE.read_text(), {"TALKSPLAT_SECRETS": "/secrets"} if environment is None else environment)
-    document: Document = yaml.safe_load(text)
-    return document
-
-
-DOCUMENT = load()
+DOCUMENT = load({"TALKSPLAT_SECRETS": "/secrets"})
 SERVICES: dict[str, Service] = DOCUMENT["services"]
 LASTING = sorted(set(SERVICES) - {"plans"})
 PROFILES = ("cpu", "gpu")
