@@ -1,5 +1,6 @@
 """Fixtures that every room's tests share."""
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from talksplat import avatar as bundle
 from talksplat.server import Ports, Server
 
 ROOT = Path(__file__).resolve().parent.parent
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which comes later: small products are slower on several threads
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,12 @@
 """Fixtures of the export tests."""
 
-from collections.abc import Iterator
+import fcntl
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import soundfile
-import torch
 from rich.console import Console
 
 from talksplat import clock
@@ -19,7 +18,10 @@ from talksplat_export import models
 def repository() -> Path:
     """The model repository; what is missing or stale in it is exported first."""
     repository = ROOT / "model_repository"
-    models.export(repository, models.models(), Console(quiet=True))
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "exports.lock").open("w") as lock:  # one of the processes that tests run in at a time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        models.export(repository, models.models(), Console(quiet=True))
     return repository
 
 
@@ -29,12 +31,3 @@ def speech() -> npt.NDArray[np.float32]:
     audio, rate = soundfile.read(ROOT / "demo" / "speech.wav", dtype="float32")
     assert rate == clock.SAMPLE_RATE
     return np.asarray(audio, np.float32)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As the commands run: small products are slower on several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

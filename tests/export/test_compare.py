@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from torch import nn
 from talksplat import avatar as bundle
 from talksplat import clock
 from talksplat.bench import preload
-from talksplat_export import compare, fit, quality, stage_b, track
+from talksplat.server import Ports, Server
+from talksplat_export import compare, fit, quality, report, stage_b, track
 from talksplat_export.families import radiance_field
 from talksplat_export.families.baseline import Baseline
 from talksplat_export.families.inpainting import Inpainting
@@ -73,8 +74,17 @@ def head(tmp_path_factory: pytest.TempPathFactory, speech: Float32) -> dict[str,
     return paths
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., AbstractContextManager[Server]]]:
+    """In place of a fresh server for each generation: one for both, without avatars until then."""
+    server = Server(avatars=tmp_path_factory.mktemp("served"), ports=Ports.free())
+    server.start()
+    yield lambda _: nullcontext(server)
+    server.kill()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _small() -> Iterator[None]:
+def _small(served: object) -> Iterator[None]:
     small = Settings(gaussians=300, plates=5, steps=4, degraded=1)
     generations = {"Huma 1": ("huma1", fit.HUMA1), "Huma 2": ("huma2", small)}
     with pytest.MonkeyPatch.context() as patch:
@@ -87,6 +97,8 @@ def _small() -> Iterator[None]:
             (compare, "ROBUSTNESS_SECONDS", 1.0),
             (compare, "TIMED_CHUNKS", 2),
             (compare, "_torch_threads", lambda count: nullcontext()),  # two threads on a busy core take far longer
+            (compare.Generation, "_served", served),
+            (report, "write", lambda done, *_: done.folder / report.NAME),
             (preload, "COLD", 2),
             (stage_b, "STEPS", 100),
             (radiance_field, "RAYS", 100),

@@ -44,7 +44,6 @@ KINDS: tuple[type[Baseline], ...] = (SmallInpainting, SmallField)
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_steps() -> Iterator[None]:
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(radiance_field, "RAYS", 250)
         patch.setattr(radiance_field, "SAMPLES", 8)

@@ -25,9 +25,6 @@ from talksplat_export.track import Track
 Float32 = npt.NDArray[np.float32]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def test_an_avatar_of_another_speech_encoder_is_not_compared() -> None:
     """It would be measured as a bad one; the check comes before anything is read or heard."""
     aged = replace(make_huma1_avatar("aged"), audio_encoder=moonshine.WHEELS["base"].encoder)  # of the last layer

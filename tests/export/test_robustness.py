@@ -19,9 +19,6 @@ from talksplat_export.robustness import DEGRADATIONS, REST_LEVELS, Driven, Openi
 Float32 = npt.NDArray[np.float32]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def test_every_degradation_keeps_the_length_and_spoils_the_speech(speech: Float32) -> None:
     audio = speech[: 3 * 16000]
     babble = np.roll(speech[: 4 * 16000], 7000)[: len(audio)]

@@ -17,9 +17,6 @@ from talksplat_export.stage_b import Heard
 Float32 = npt.NDArray[np.float32]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def test_what_is_heard_is_what_serving_hears(speech: Float32) -> None:
     audio = speech[: 5 * 16000]
     frames = 125
