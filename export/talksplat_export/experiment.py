@@ -38,6 +38,7 @@ import tritonclient.grpc as triton
 from adjustText import adjust_text
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from rich.console import Console
 from tritonclient.utils import np_to_triton_dtype
 
@@ -181,7 +182,7 @@ def run(
     """Measure what is not measured yet, and write ``NAME.parquet``, ``.png``, ``.md`` and ``.json`` into ``output``.
 
     Args:
-        plans: where `talksplat-export tensorrt --plans` has put its plans.
+        plans: has a folder a precision, each what `talksplat-export tensorrt --plans` has written for it.
         only: parts of labels; other points are left as they are.
         console: says how far it is.
 
@@ -247,7 +248,7 @@ def sources(avatar: str, plans: Path | None) -> str:
         (LOADTESTS, ("point.py", "streams.py", "slo.py", "usage.py", "perf_analyzer.py")),
     ]
     if plans is not None:
-        wanted.append((plans, ("*/1/model.plan.json",)))
+        wanted.append((plans, ("*/*/1/model.plan.json",)))
     for folder, patterns in wanted:
         for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
             digest.update(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
@@ -359,9 +360,20 @@ def _derived(point: Settings, plans: Path | None) -> Iterator[Path]:
     """A repository of its own."""
     (ROOT / "build").mkdir(exist_ok=True)  # on the file system of the models, which can then be linked
     with tempfile.TemporaryDirectory(prefix="experiment-", dir=ROOT / "build") as folder:
-        repository = Path(folder, "repository")
-        derive(repository, point.changes(), plans=plans)
+        repository, gathered = Path(folder, "repository"), Path(folder, "plans")
+        if plans is not None:
+            _gather(plans, point, gathered)
+        derive(repository, point.changes(), plans=None if plans is None else gathered)
         yield repository
+
+
+def _gather(plans: Path, point: Settings, folder: Path) -> None:
+    """Link plans of the nets' own precisions beside each other: they were built one precision a folder."""
+    folder.mkdir()
+    for name in NETS:
+        net = point.net(name)
+        if net.platform == "tensorrt_plan":
+            (folder / name).symlink_to((plans / (net.precision or "fp32") / name).resolve())
 
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -568,23 +580,37 @@ def _infer(
 
 
 def _publish(study: Study, rows: Sequence[Measured], output: Path) -> None:
-    """The table, printed and as files, and the plot."""
-    table = _table(rows)
-    report(f"{study.name}: {study.title}", table, output / f"{study.name}.json")
-    _put(output / f"{study.name}.md", lambda path: path.write_text(_markdown(study, rows, table)))
+    """The tables, printed and as files, and the plot."""
+    tables = _tables(rows)
+    main = tables.pop("")
+    report(f"{study.name}, {study.title}", main, output / f"{study.name}.json", tables)
+    _put(output / f"{study.name}.md", lambda path: path.write_text(_markdown(study, rows, {"": main, **tables})))
     if any(row["reason"] is None for row in rows):
         _put(output / f"{study.name}.png", lambda path: _plot(study, rows, path))
 
 
-def _table(rows: Sequence[Measured]) -> list[Row]:
+def _tables(rows: Sequence[Measured]) -> dict[str, list[Row]]:
+    """By title: what is compared, what streams saw, and what failed."""
     sound = [row for row in rows if row["reason"] is None]
-    front = dict(zip((row["point"] for row in sound), on_front([_costs(row) for row in sound]), strict=True))
-    columns = ("point", *_FIGURES)
-    return [
-        {**{name: row[name] for name in columns}, "front": "*" if front.get(row["point"]) else None,
-         "reason": row["reason"]}
-        for row in rows
-    ]  # fmt: skip
+    front = on_front([_costs(row) for row in sound])
+    compared = (
+        "frames_per_s",
+        "chunk_p95_ms",
+        "server_cpu_s_per_stream_s",
+        *_RATIOS,
+        "throughput_spread_pct",
+        *_QUALITY,
+    )
+    tables: dict[str, list[Row]] = {
+        "": [
+            {"point": row["point"], "front": "*" if best else None, **{name: row[name] for name in compared}}
+            for row, best in zip(sound, front, strict=True)
+        ],
+        "streams": [{"point": row["point"], **{name: row[name] for name in _MEASURED["streams"]}} for row in sound],
+    }
+    if failed := [row for row in rows if row["reason"] is not None]:
+        tables["failed"] = [{name: row[name] for name in ("point", *_QUALITY, "reason")} for row in failed]
+    return tables
 
 
 def _costs(row: Measured) -> tuple[float, float]:
@@ -592,15 +618,24 @@ def _costs(row: Measured) -> tuple[float, float]:
     return row["latency_ratio"], -row["throughput_ratio"]
 
 
-def _markdown(study: Study, rows: Sequence[Measured], table: Sequence[Row]) -> str:
-    columns = [name for name in table[0] if name != "reason"] if table else []
+def _markdown(study: Study, rows: Sequence[Measured], tables: Mapping[str, Sequence[Row]]) -> str:
     lines = [f"# {study.title}", ""]
-    for at in dict.fromkeys((row["machine"], row["commit"]) for row in rows):
-        lines.append(f"Measured on {at[0]}; commit {at[1]}.")
-    lines += ["", f"![{study.name}]({study.name}.png)", "", _cells(columns), _cells("---" for _ in columns)]
-    lines += [_cells(_cell(row[name]) for name in columns) for row in table]
-    failed = [f"- **{row['point']}** failed: {row['reason']}" for row in table if row["reason"]]
-    return "\n".join([*lines, *(["", *failed] if failed else []), ""])
+    lines += [f"Measured on {place}." for place in _places(rows)]
+    lines += ["", f"![{study.name}]({study.name}.png)"]
+    for title, table in tables.items():
+        if table:
+            columns = list(table[0])
+            lines += ["", *([f"## {title}", ""] if title else []), _cells(columns), _cells("---" for _ in columns)]
+            lines += [_cells(_cell(row[name]) for name in columns) for row in table]
+    return "\n".join([*lines, ""])
+
+
+def _places(rows: Sequence[Measured]) -> list[str]:
+    """Where rows were measured, and of which commits."""
+    commits: dict[str, dict[str, None]] = {}
+    for row in rows:
+        commits.setdefault(row["machine"], {})[row["commit"]] = None
+    return [f"{where}; commit {', '.join(which)}" for where, which in commits.items()]
 
 
 def _cells(texts: Iterable[str]) -> str:
@@ -617,29 +652,54 @@ def _plot(study: Study, rows: Sequence[Measured], path: Path) -> None:
     throughput, latency = _baseline(sound, "throughput_ratio"), _baseline(sound, "latency_ratio")
     x = [throughput * row["throughput_ratio"] for row in sound]
     y = [latency * row["latency_ratio"] for row in sound]
-    figure = Figure(figsize=(10.5, 6.5), layout="constrained")
+    front = on_front([_costs(row) for row in sound])
+    figure = Figure(figsize=(11, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    front = sorted((a, b) for a, b, best in zip(x, y, on_front([_costs(row) for row in sound]), strict=True) if best)
-    axes.step(*zip(*front, strict=True), where="pre", color="0.6", lw=1.2, zorder=1, label="front")
-    for row, a, b in zip(sound, x, y, strict=True):
-        across, along = _range(row, "throughput_ratio"), _range(row, "latency_ratio")
-        axes.plot([throughput * each for each in across], [b, b], color="0.8", lw=0.8, zorder=0)
-        axes.plot([a, a], [latency * each for each in along], color="0.8", lw=0.8, zorder=0)
+    for row, a, b in zip(sound, x, y, strict=True):  # the repeats' own places
+        axes.plot([throughput * each for each in _range(row, "throughput_ratio")], [b, b], color="0.85", lw=1, zorder=1)
+        axes.plot([a, a], [latency * each for each in _range(row, "latency_ratio")], color="0.85", lw=1, zorder=1)
+    best = sorted((a, b) for a, b, is_best in zip(x, y, front, strict=True) if is_best)
+    axes.step(*zip(*best, strict=True), where="pre", color="C3", lw=1.2, alpha=0.7, zorder=2)
+    axes.axvline(throughput, color="0.7", lw=0.8, ls=":", zorder=0)
+    axes.axhline(latency, color="0.7", lw=0.8, ls=":", zorder=0)
+    truth = [row["delivered_psnr_db"] for row in sound]
+    low, high = min(truth), max(truth)
     dots = axes.scatter(
-        x, y, c=[row["delivered_psnr_db"] for row in sound], cmap="viridis", s=64, edgecolor="white", zorder=3
+        x,
+        y,
+        c=truth,
+        cmap="viridis",
+        vmin=low - (high - low < 1),
+        vmax=high + (high - low < 1),
+        s=90,
+        edgecolors=["C3" if is_best else "white" for is_best in front],
+        linewidths=1.5,
+        zorder=3,
     )
-    axes.axvline(throughput, color="0.85", lw=0.8, zorder=0)
-    axes.axhline(latency, color="0.85", lw=0.8, zorder=0)
-    axes.margins(0.15)
-    axes.set(
-        xlabel=f"frames/s with {max(study.loads.concurrencies)} requests under way (perf_analyzer)",
-        ylabel=f"ms until a chunk is here, p95 of {max(study.loads.streams)} streams in real time",
-    )
-    figure.suptitle(study.title, fontsize=13)
+    axes.margins(0.12)
+    if max(y) > 4 * min(y):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel(f"frames/s with {max(study.loads.concurrencies)} requests under way  (more is better)")
+    axes.set_ylabel(f"chunk p95 of {max(study.loads.streams)} streams in real time, ms  (less is better)")
+    axes.spines[["top", "right"]].set_visible(False)
     figure.colorbar(dots, label="delivered frames against the baseline's before JPEG, dB", fraction=0.04, pad=0.02)
-    texts = [axes.text(a, b, row["point"], fontsize=9) for row, a, b in zip(sound, x, y, strict=True)]
-    adjust_text(texts, x, y, ax=axes, arrowprops={"arrowstyle": "-", "color": "0.5", "lw": 0.6})
+    figure.suptitle(study.title, fontsize=14)
+    failed = ", ".join(row["point"] for row in rows if row["reason"] is not None)
+    notes = [
+        "Places are ratios to neighbouring runs of the baseline, times its median (dotted); grey: repeats; red: front.",
+        *([f"Failed: {failed}."] if failed else []),
+        *_places(sound),
+    ]
+    figure.supxlabel("\n".join(notes), fontsize=7.5, color="0.4")
+    halo = [withStroke(linewidth=3, foreground="white")]
+    texts = [
+        axes.text(a, b, row["point"], fontsize=9, path_effects=halo, zorder=4)
+        for row, a, b in zip(sound, x, y, strict=True)
+    ]
+    adjust_text(texts, x, y, ax=axes, expand=(1.15, 1.5), arrowprops={"arrowstyle": "-", "color": "0.5", "lw": 0.6})
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
@@ -660,7 +720,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FOLDER",
         help="for results, which go on from what is there; default: build/experiments",
     )
-    parser.add_argument("--plans", type=Path, metavar="FOLDER", help="what `talksplat-export tensorrt --plans` wrote")
+    parser.add_argument("--plans", type=Path, metavar="FOLDER", help="of plans, a folder a precision in it")
     parser.add_argument("--only", nargs="+", default=(), metavar="TEXT", help="points whose labels have it in them")
     parser.add_argument("--quick", action="store_true", help="everything once and too short to mean anything")
     parser.add_argument("--check", action="store_true", help="derive every point's repository, and serve none")

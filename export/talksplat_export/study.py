@@ -44,7 +44,7 @@ class Net(_Value):
     preferred_batch_sizes: Counts | None = None
     cuda_graphs: bool | None = None
     threads: Positive | None = None  # of ONNX Runtime, within an operator
-    parameters: Mapping[str, str] = {}  # of the config: further settings of ONNX Runtime
+    parameters: Mapping[str, str] = {}  # of the config, such as further settings of ONNX Runtime
 
 
 class Rasterizer(_Value):
@@ -67,6 +67,11 @@ class Queue(_Value):
             raise ValueError("stage and delay_us belong together: give both, or neither")
         return self
 
+    @property
+    def words(self) -> str:
+        """For a label."""
+        return "delay as committed" if self.delay_us is None else f"{self.stage} waits {self.delay_us / 1e3:g} ms"
+
 
 class Request(_Value):
     """What viewers ask for."""
@@ -86,6 +91,15 @@ class Request(_Value):
     def jpeg_quality(self) -> int:
         """That the server encodes with."""
         return Options().quality if self.quality is None else self.quality
+
+    @property
+    def words(self) -> list[str]:
+        """For a label."""
+        return [
+            "raw" if self.format == "raw" else f"JPEG {self.jpeg_quality}",
+            "1 chunk" if self.chunks == 1 else f"{self.chunks} chunks",
+            "gRPC" if self.transport == "grpc" else "shared memory",
+        ]
 
 
 class Settings(_Value):
@@ -128,13 +142,22 @@ class Settings(_Value):
         return {name: change for name, change in changes.items() if change != ModelChange()}
 
     def label(self, baseline: Settings) -> str:
-        """What differs from the baseline, in words that fit beside a dot."""
-        known = dict(_leaves(baseline.model_dump()))
-        different = {axis: value for axis, value in _leaves(self.model_dump()) if value != known.get(axis)}
-        if different.keys() & {"queue.stage", "queue.delay_us"}:
-            different.pop("queue.stage", None)
-            different["queue.delay_us"] = self.queue.delay_us
-        return ", ".join(_words(axis, value, self) for axis, value in different.items()) or BASELINE
+        """What differs from the baseline, in words that fit beside a dot; two points of one label are one point."""
+        words = []
+        for axis in Net.model_fields:
+            values = {name: getattr(self.net(name), axis) for name in NETS}
+            changed = {name: value for name, value in values.items() if value != getattr(baseline.net(name), axis)}
+            if len(changed) == len(NETS) and all(value == changed[NETS[0]] for value in changed.values()):
+                changed = {"": changed[NETS[0]]}
+            words += [f"{name} {_words(axis, value)}".strip() for name, value in changed.items()]
+        for axis in Rasterizer.model_fields:
+            if (value := getattr(self.rasterizer, axis)) != getattr(baseline.rasterizer, axis):
+                words.append(f"rasterizer {_words(axis, value)}")
+        if self.queue != baseline.queue:
+            words.append(self.queue.words)
+        if self.request != baseline.request:
+            words += [word for word in self.request.words if word not in baseline.request.words]
+        return ", ".join(words) or BASELINE
 
     def _delay(self, stage: str) -> int | None:
         if self.queue.stage is None:
@@ -155,26 +178,18 @@ def _change(net: Net, delay_us: int | None) -> ModelChange:
     )
 
 
-def _words(axis: str, value: Any, settings: Settings) -> str:
-    subject, name = axis.split(".", 1)
-    of = "" if subject == "nets" else f"{subject} "
-    match name:
+def _words(axis: str, value: Any) -> str:
+    match axis:
         case "instances" | "threads":
-            return f"{of}{value} {name if value > 1 else name[:-1]}"
+            return f"{value} {axis if value != 1 else axis[:-1]}"
         case "preferred_batch_sizes":
-            return f"{of}batches of {'/'.join(map(str, value))}"
+            return f"batches of {'/'.join(map(str, value))}"
         case "cuda_graphs":
-            return f"{of}CUDA graphs" if value else f"{of}no CUDA graphs"
-        case "delay_us":
-            return f"{settings.queue.stage} waits {value / 1e3:g} ms"
-        case "quality":
-            return f"JPEG {settings.request.jpeg_quality}"
-        case "chunks":
-            return f"{value} chunks" if value > 1 else "1 chunk"
-        case "format" | "transport":
-            return str(value).replace("_", " ")
+            return "CUDA graphs" if value else "no CUDA graphs"
+        case "parameters":
+            return " ".join(f"{key} {setting}" for key, setting in value.items())
         case _:
-            return f"{of}{name.removeprefix('parameters.')} {value}" if "parameters" in name else f"{of}{value}"
+            return str(value)
 
 
 class Loads(_Value):
@@ -237,10 +252,12 @@ class Study(_Value):
         points = [_parsed(Settings, base, "baseline")]
         for number, grid in enumerate(grids, 1):
             points += [_parsed(Settings, _merged(base, values), f"grid {number}") for values in _combinations(grid)]
-        unique = tuple(point for place, point in enumerate(points) if point not in points[:place])
+        unique: dict[str, Settings] = {}
+        for point in points:
+            unique.setdefault(point.label(points[0]), point)
         if len(unique) == 1:
             raise StudyError("no grid has a point that differs from the baseline")
-        return _parsed(cls, {**found, "baseline": points[0], "name": name, "points": unique}, "")
+        return _parsed(cls, {**found, "baseline": points[0], "name": name, "points": tuple(unique.values())}, "")
 
     def label(self, point: Settings) -> str:
         """Of one of its points."""
