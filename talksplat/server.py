@@ -476,6 +476,9 @@ def _ask(
         raise NotServingError(f"The canary through {model} failed: {error.message()}") from error
 
 
+_LIBDIR = Path(sysconfig.get_config_var("LIBDIR"))  # of libpython; of threads that ask at once, one is told None
+
+
 @dataclass(frozen=True)
 class _Installation:
     """A tritonserver and what belongs to it."""
@@ -533,7 +536,7 @@ class _Installation:
             root / "caches",
             root / "backends",
             stubs / version / STUB,
-            (package.parent / "nvidia_pytriton.libs", Path(sysconfig.get_config_var("LIBDIR"))),
+            (package.parent / "nvidia_pytriton.libs", _LIBDIR),
         )
 
     def assemble(self, target: Path) -> None:
