@@ -1,6 +1,7 @@
 """What the tests of faults share: marked avatars, and a table of what each fault cost."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeAlias
@@ -10,6 +11,7 @@ from supervised import Up
 from viewers import MARKED, Verdict, write_marked_avatar
 
 from talksplat.bench import _report
+from talksplat.server import Server
 
 RECOVERY = 30.0  # seconds at most, on a slow machine that does other things; the figure itself is in the table
 
@@ -30,6 +32,17 @@ def up(marked_avatars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """A supervised server, to be broken; whole again after each test."""
     with Up(marked_avatars, tmp_path_factory.mktemp("up")) as up:
         yield up
+
+
+@pytest.fixture(scope="module")
+def marked(marked_avatars: Path, server: Server) -> Iterator[Path]:
+    """The first of the marked avatars, all of which the shared server has meanwhile."""
+    folders = [server.avatars / avatar_id for avatar_id in MARKED]
+    for folder in folders:
+        shutil.copytree(marked_avatars / folder.name, folder)
+    yield folders[0]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from supervised import stop_at_once
 from viewers import PATIENCE, Verdict, Viewers, thorough
 
 from talksplat import edge, tenants
@@ -85,8 +86,7 @@ def secured(marked_avatars: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         secured.url = output.read_text().partition("gRPC and HTTP")[2].split()[0]
         yield secured
     finally:
-        process.terminate()
-        process.wait(30)
+        stop_at_once(process)
 
 
 def kill_nginx(secured: Secured) -> None:

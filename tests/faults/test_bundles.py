@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,15 +37,6 @@ def write_half(folder: Path) -> None:
     """By something that does not write bundles in one step: a manifest, and the files of another version."""
     (folder / GAUSSIANS).write_bytes((folder / GAUSSIANS).read_bytes()[:1000])
     (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes() + b"\n")
-
-
-@pytest.fixture(scope="module")
-def marked(server: Server) -> Iterator[Path]:
-    """The first of the marked avatars, all of which the server has."""
-    folders = [write_marked_avatar(server.avatars, avatar_id) for avatar_id in MARKED]
-    yield folders[0]
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.parametrize(

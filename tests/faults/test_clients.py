@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 import select
-import shutil
 import socket
 import struct
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Self
 
 import numpy as np
@@ -18,7 +17,7 @@ import psutil
 import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
-from viewers import MARKED, Verdict, Viewers, write_marked_avatar
+from viewers import MARKED, Verdict, Viewers
 
 from talksplat import clock
 from talksplat.server import HOST, NO_PROXY, Server
@@ -63,14 +62,6 @@ class Cord:
         for end in ends:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             end.close()
-
-
-@pytest.fixture
-def marked(server: Server) -> Iterator[None]:
-    folders = [write_marked_avatar(server.avatars, avatar_id) for avatar_id in MARKED]
-    yield
-    for folder in folders:
-        shutil.rmtree(folder)
 
 
 @pytest.mark.usefixtures("marked")

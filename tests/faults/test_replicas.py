@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import psutil
 import pytest
 from supervised import Up
 from viewers import Verdict, Viewers, thorough
 
+from talksplat.server import Server
 
-@pytest.fixture(scope="module")
-def other(marked_avatars: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    with Up(marked_avatars, tmp_path_factory.mktemp("other")) as other:
-        yield other
+pytestmark = pytest.mark.usefixtures("marked")
 
 
 @thorough
-def test_a_replica_that_is_killed_costs_no_frame(up: Up, other: Up, judge: Callable[[str, Verdict], None]) -> None:
-    judge("kill -9 of one of two replicas", lose(up, other, psutil.Process.kill))
+def test_a_replica_that_is_killed_costs_no_frame(up: Up, server: Server, judge: Callable[[str, Verdict], None]) -> None:
+    judge("kill -9 of one of two replicas", lose(up, server, psutil.Process.kill))
 
 
-def test_a_replica_that_hangs_costs_no_frame(up: Up, other: Up, judge: Callable[[str, Verdict], None]) -> None:
-    judge("SIGSTOP of one of two replicas", lose(up, other, psutil.Process.suspend))
+def test_a_replica_that_hangs_costs_no_frame(up: Up, server: Server, judge: Callable[[str, Verdict], None]) -> None:
+    judge("SIGSTOP of one of two replicas", lose(up, server, psutil.Process.suspend))
 
 
-def lose(up: Up, other: Up, fault: Callable[[psutil.Process], None]) -> Verdict:
+def lose(up: Up, other: Server, fault: Callable[[psutil.Process], None]) -> Verdict:
     """What viewers see of a fault at the replica that they have turned to."""
     broken = up.tritonserver()
-    with Viewers([up.probe.grpc_url, other.probe.grpc_url]) as viewers:
+    with Viewers([up.probe.grpc_url, other.grpc_url]) as viewers:
         time.sleep(1)
         viewers.fault()
         fault(broken)
