@@ -178,7 +178,7 @@ class Server:
         ports: Ports = Ports(),
         run_dir: Path | None = None,
         log_to_stdout: bool = False,
-        start_timeout: float = 60.0,
+        start_timeout: float = 120.0,
     ) -> None:
         self.repository = repository.resolve()
         self.avatars = avatars.resolve()

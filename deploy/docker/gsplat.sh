@@ -4,9 +4,10 @@
 #
 #   gsplat.sh VENV      needs nvcc of the CUDA that VENV's torch was built with
 set -eu
+venv=$1
 : "${TORCH_CUDA_ARCH_LIST:?which GPUs, such as 8.9}"
 pip() { "$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt "$@"; }
-venv=$1
 pip setuptools wheel ninja
-pip --force-reinstall --no-deps --no-build-isolation --no-binary gsplat gsplat
+# pip's cache would give a wheel that was built for other GPUs
+pip --no-cache-dir --force-reinstall --no-deps --no-build-isolation --no-binary gsplat gsplat
 "$venv/bin/python" -c 'from gsplat import csrc'

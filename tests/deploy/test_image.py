@@ -78,10 +78,12 @@ class Builder:
         ignore = (ROOT / ".dockerignore").read_text().split("\n")
         kept = [Path(line[1:]) for line in ignore if line.startswith("!")]
         dropped = [Path(line) for line in ignore if line and line[0] not in "!#*"]
-        tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        for name in tracked.splitlines():
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        for name in listed.splitlines():
             around = [Path(name), *Path(name).parents]
-            if set(kept) & set(around) and not set(dropped) & set(around):
+            if set(kept) & set(around) and not set(dropped) & set(around) and (ROOT / name).exists():
                 (self.context / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, self.context / name)
 
@@ -198,6 +200,7 @@ class Engine:
             **({} if "build" in service else {"PLACE": "/"}),
         )
         log = (self._folder / f"{name}.log").open("wb")
+        os.fchown(log.fileno(), int(user), int(user))  # as engines do, so that nginx can open its standard output
         self._running[name] = subprocess.Popen(
             [*self._network, *line], env=environment, stdout=log, stderr=subprocess.STDOUT
         )
