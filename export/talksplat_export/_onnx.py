@@ -1,7 +1,7 @@
 """From a torch module to a checked ONNX file that ONNX Runtime and TensorRT both take.
 
-Used by every exporter of this package, so that all graphs have the same opset and IR version, are written
-whole or not at all, and have exactly the tensors that the model repository's configs promise.
+Used for every graph of `registry.GRAPHS`, so that all have the same opset and IR version, are written whole or not at
+all, and have exactly the tensors that the registry and the model repository's configs promise.
 """
 
 from __future__ import annotations
@@ -9,67 +9,57 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 import torch
 from onnx import TensorProto, ValueInfoProto
-from torch import Tensor, nn
+from torch import nn
+
+from . import registry
+from .feeds import Feed, session
+from .registry import BATCH, Graph, Precision, Tolerance
 
 OPSET = 18  # the newest that TensorRT takes without casts; 23 fails there
 IR_VERSION = 10  # onnx 1.23 writes newer ones than ONNX Runtime 1.31 reads
 CONTROL_FLOW = {"If", "Loop", "Scan"}  # TensorRT refuses them or builds slow plans
 
-_DTYPES = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64}
+_ELEMENTS = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 
 
 class ExportError(RuntimeError):
-    """The exported graph is not what was asked for, or does not compute what the module computes."""
+    """The graph is not what was asked for, or does not compute what the module computes."""
 
 
-def export(
-    module: nn.Module,
-    path: Path,
-    inputs: Mapping[str, Tensor],
-    outputs: Sequence[str],
-    dynamic: Mapping[str, Mapping[int, str]],
-) -> None:
-    """Trace ``module`` and write it to ``path``.
+def export(graph: Graph, module: nn.Module) -> onnx.ModelProto:
+    """Trace ``module``.
 
     Args:
-        module: takes the tensors of ``inputs`` in their order, returns a tensor or a tuple of tensors,
-            float32 or int64.
-        path: the ONNX file; its folder is made. It appears only once all checks have passed.
-        inputs: an example of every input under its name in the graph; dynamic dims should be 2 or more.
-        outputs: the outputs' names in the graph.
-        dynamic: for inputs *and* outputs, the dims that may change, with their names:
-            ``{"AUDIO": {0: "batch"}}``. Every other dim is fixed at its size in the example.
+        graph: its tensors, and the dims that may change.
+        module: takes the graph's inputs in their order, returns its outputs in theirs: a tensor or a tuple.
 
     Raises:
-        ExportError: names, types or dims are not as asked (the exporter may fix or free a dim without a
-            word), or the graph has control flow or operators outside the standard ONNX domain.
+        ExportError: see `check`; the exporter may fix or free a dim without a word.
     """
     module = module.eval()
-    with torch.inference_mode():
-        results = module(*inputs.values())
-    results = [results] if isinstance(results, Tensor) else list(results)
-    if len(results) != len(outputs):
-        raise ExportError(f"The module returns {len(results)} tensors, {len(outputs)} names were given.")
+    examples = tuple(_example(graph, tensor) for tensor in graph.inputs)
     # AUTO, since named ones cost a second attempt where a size has a minimum; what comes out is checked below.
-    shapes = tuple(dict.fromkeys(dynamic.get(name, {}), torch.export.Dim.AUTO) for name in inputs)
+    free = ([0, *(at for at, dim in enumerate(tensor.dims, 1) if isinstance(dim, str))] for tensor in graph.inputs)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             module,
-            tuple(inputs.values()),
+            examples,
             dynamo=True,
-            dynamic_shapes=shapes,
-            input_names=list(inputs),
-            output_names=list(outputs),
+            dynamic_shapes=tuple(dict.fromkeys(dims, torch.export.Dim.AUTO) for dims in free),
+            input_names=[tensor.name for tensor in graph.inputs],
+            output_names=[tensor.name for tensor in graph.outputs],
             opset_version=OPSET,
             external_data=False,
             verbose=False,
@@ -77,44 +67,79 @@ def export(
     assert program is not None  # with dynamo=True it is a program, whatever the annotation says
     model = program.model_proto
     model.ir_version = IR_VERSION
-    examples = {**inputs, **dict(zip(outputs, results, strict=True))}
-    _check_tensors(model.graph.input, list(inputs), examples, dynamic)
-    _check_tensors(model.graph.output, list(outputs), examples, dynamic)
-    _check_operators(model)
+    check(model, graph)
     _strip(model)
-    write(path, model.SerializeToString())
+    return model
 
 
-def parity(module: nn.Module, path: Path, inputs: Mapping[str, Tensor], tolerance: float) -> float:
-    """Largest difference between the ONNX file and ``module``, as a share of each output's largest magnitude.
+def _example(graph: Graph, tensor: registry.Tensor) -> torch.Tensor:
+    """Zeros of usual sizes, 2 at least: the exporter takes a size of 1 for one that never changes."""
+    sizes = (dim if isinstance(dim, int) else max(2, graph.ranges[dim].usual) for dim in (BATCH, *tensor.dims))
+    return torch.zeros(tuple(sizes), dtype=getattr(torch, tensor.dtype))
 
-    Call it with other sizes of the dynamic dims than those traced.
+
+def check(model: onnx.ModelProto, graph: Graph) -> None:
+    """Give the dims that may change their names in ``graph``.
 
     Raises:
-        ExportError: the difference is above ``tolerance``.
+        ExportError: names, types or dims are not those of ``graph``, the opset or IR version is another, or there is
+            control flow or an operator outside the standard ONNX domain; the message names it.
     """
-    with torch.inference_mode():
-        expected = module(*inputs.values())
-    expected = [expected] if isinstance(expected, Tensor) else list(expected)
-    actual = session(path).run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-    worst = 0.0
-    for mine, theirs in zip(actual, (tensor.numpy() for tensor in expected), strict=True):
-        if mine.shape != theirs.shape:
-            raise ExportError(f"{path} gives {mine.shape} where the module gives {theirs.shape}.")
-        scale = max(1.0, float(np.abs(theirs).max(initial=0.0)))
-        worst = float(np.maximum(worst, np.abs(mine - theirs).max(initial=0.0) / scale))  # NaN stays
-    if not worst <= tolerance:
-        raise ExportError(f"{path} differs from the module by {worst:.1e}; {tolerance:.1e} is allowed.")
-    return worst
+    _check_tensors(model.graph.input, graph.inputs)
+    _check_tensors(model.graph.output, graph.outputs)
+    _check_operators(model)
 
 
-def session(path: Path, threads: int = 1) -> ort.InferenceSession:
-    """The file in ONNX Runtime on the CPU."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+@dataclass(frozen=True)
+class Deviation:
+    """How far an output is from the module's."""
+
+    output: str
+    difference: float  # the largest, as a share of the output's largest magnitude
+    correlation: float  # Pearson's, over all values
+
+    def is_within(self, tolerance: Tolerance) -> bool:
+        """NaN never is."""
+        exact = tolerance.correlation == 0 or self.correlation >= tolerance.correlation
+        return exact and self.difference <= tolerance.difference
+
+
+def parity(
+    graph: Graph, module: nn.Module, path: Path, batches: Sequence[Feed], precision: Precision = "fp32"
+) -> list[Deviation]:
+    """Compare an ONNX file with ``module``, output by output, over ``batches`` of other sizes than those traced.
+
+    Raises:
+        ExportError: a shape differs, a value is not finite, or a deviation is above ``graph``'s tolerance.
+    """
+    running = session(path, precision)
+    names = [tensor.name for tensor in graph.outputs]
+    pairs: dict[str, list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]] = {name: [] for name in names}
+    for feed in batches:
+        with torch.inference_mode():
+            results = module(*(torch.from_numpy(feed[tensor.name]) for tensor in graph.inputs))
+        expected = [results] if isinstance(results, torch.Tensor) else list(results)
+        for name, mine, theirs in zip(names, running.run(names, feed), expected, strict=True):
+            if mine.shape != theirs.shape:
+                raise ExportError(f"{path}: {name} is {mine.shape} where the module gives {tuple(theirs.shape)}.")
+            pairs[name].append((mine.reshape(-1), theirs.numpy().reshape(-1)))
+    found, tolerance = [_deviation(name, each) for name, each in pairs.items()], graph.tolerances[precision]
+    for each in found:
+        if not each.is_within(tolerance):
+            raise ExportError(
+                f"{path}: {each.output} differs from the module by {each.difference:.1e} of its largest magnitude and "
+                f"correlates by {each.correlation:.4f}; allowed: {tolerance.difference:.1e}, {tolerance.correlation}."
+            )
+    return found
+
+
+def _deviation(name: str, pairs: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]]) -> Deviation:
+    mine, theirs = (np.concatenate(each).astype(np.float64) for each in zip(*pairs, strict=True))
+    scale = np.abs(theirs).max(initial=np.finfo(np.float32).tiny)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        difference = np.abs(mine - theirs).max(initial=0.0) / scale  # NaN stays
+        correlation = np.corrcoef(mine, theirs)[0, 1] if difference > 0 else 1.0
+    return Deviation(name, float(difference), float(correlation))
 
 
 def write(path: Path, data: bytes) -> None:
@@ -128,40 +153,40 @@ def write(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _check_tensors(
-    found: Sequence[ValueInfoProto],
-    names: list[str],
-    examples: Mapping[str, Tensor],
-    dynamic: Mapping[str, Mapping[int, str]],
-) -> None:
-    """Compare names, types and dims with what was asked; give the dynamic dims their names."""
+def _check_tensors(found: Sequence[ValueInfoProto], wanted: Sequence[registry.Tensor]) -> None:
+    names = [tensor.name for tensor in wanted]
     if [value.name for value in found] != names:
         raise ExportError(f"The graph has {[value.name for value in found]} where {names} were asked for.")
-    for value in found:
-        example, free = examples[value.name], dynamic.get(value.name, {})
-        tensor = value.type.tensor_type
-        if tensor.elem_type != _DTYPES[example.dtype]:
-            raise ExportError(f"{value.name} has element type {tensor.elem_type}, not {example.dtype}.")
-        if len(tensor.shape.dim) != example.ndim:
-            raise ExportError(f"{value.name} has {len(tensor.shape.dim)} dims, not {example.ndim}.")
-        for index, dim in enumerate(tensor.shape.dim):
+    for value, tensor in zip(found, wanted, strict=True):
+        dims, kind = (BATCH, *tensor.dims), value.type.tensor_type
+        if kind.elem_type != _ELEMENTS[tensor.dtype]:
+            raise ExportError(f"{value.name} has element type {kind.elem_type}, not {tensor.dtype}.")
+        if len(kind.shape.dim) != len(dims):
+            raise ExportError(f"{value.name} has {len(kind.shape.dim)} dims, not {len(dims)}.")
+        for index, (dim, size) in enumerate(zip(kind.shape.dim, dims, strict=True)):
             fixed = dim.HasField("dim_value")
-            if index in free and fixed:
-                raise ExportError(f"Dim {index} of {value.name} was fixed at {dim.dim_value} by the exporter.")
-            if index in free:
-                dim.dim_param = free[index]
-            elif not fixed or dim.dim_value != example.shape[index]:
-                raise ExportError(f"Dim {index} of {value.name} is {dim}, not {example.shape[index]}.")
+            if isinstance(size, str) and fixed:
+                raise ExportError(f"Dim {index} of {value.name} ({size}) was fixed at {dim.dim_value}.")
+            if isinstance(size, str):
+                dim.dim_param = size
+            elif not fixed or dim.dim_value != size:
+                raise ExportError(f"Dim {index} of {value.name} is {dim.dim_value or dim.dim_param}, not {size}.")
 
 
 def _check_operators(model: onnx.ModelProto) -> None:
     onnx.checker.check_model(model, full_check=True)
+    versions = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    if (versions, model.ir_version) != ([OPSET], IR_VERSION):
+        raise ExportError(f"The graph has opset {versions} and IR {model.ir_version}, not {OPSET} and {IR_VERSION}.")
     if model.functions:
         raise ExportError("The graph has functions that were not inlined.")
-    foreign = {node.op_type for node in model.graph.node if node.domain not in ("", "ai.onnx")}
-    unwanted = foreign | CONTROL_FLOW & {node.op_type for node in model.graph.node}
+    unwanted = [
+        f"{node.op_type} ({node.name})"
+        for node in model.graph.node
+        if node.op_type in CONTROL_FLOW or node.domain not in ("", "ai.onnx")
+    ]
     if unwanted:
-        raise ExportError(f"The graph has operators that TensorRT does not take: {sorted(unwanted)}.")
+        raise ExportError(f"The graph has operators that TensorRT does not take: {', '.join(unwanted)}.")
 
 
 def _strip(model: onnx.ModelProto) -> None:

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from talksplat.avatar import FEATURES
-from talksplat.clock import LEFT_CONTEXT, SAMPLE_RATE, SAMPLES_PER_FRAME, WINDOW
+from talksplat.clock import LEFT_CONTEXT, SAMPLE_RATE, SAMPLES_PER_FRAME
 
-from . import _onnx
+from .registry import Graph, graph
 
 HOP = 160  # samples between mel frames, 10 ms
 WEIGHTS = Path(__file__).with_name("weights") / "audio_encoder.safetensors"
@@ -182,20 +182,6 @@ class _Served(nn.Module):
         return self.encoder(audio), audio.clone()
 
 
-def export(repository: Path) -> None:
-    """Write ``audio_encoder/1/model.onnx`` into a model repository and check it against torch.
-
-    Raises:
-        ExportError: the graph is not as promised, or computes something else.
-    """
-    encoder, path = _Served(load()), repository / "audio_encoder" / "1" / "model.onnx"
-    generator = torch.Generator().manual_seed(0)
-    _onnx.export(
-        encoder,
-        path,
-        inputs={"AUDIO": 0.1 * torch.randn(2, WINDOW, generator=generator)},
-        outputs=["FEATURES", "WINDOW"],
-        dynamic={name: {0: "batch"} for name in ("AUDIO", "FEATURES", "WINDOW")},
-    )
-    for batch in (1, 8):
-        _onnx.parity(encoder, path, {"AUDIO": 0.1 * torch.randn(batch, WINDOW, generator=generator)}, 5e-5)
+def graphs() -> list[tuple[Graph, nn.Module]]:
+    """What is exported, and the module that computes it."""
+    return [(graph("audio_encoder"), _Served(load()))]

@@ -75,10 +75,10 @@ from talksplat.bench._report import Row
 from talksplat.server import ROOT, Ports, Server, ServerError
 from talksplat_export import (
     _npz,
-    _onnx,
     audio_encoder,
     bars,
     deformation,
+    feeds,
     fit,
     huma1,
     huma1_drive,
@@ -322,7 +322,7 @@ def _networks(avatar: AnyAvatar, repository: Path, threads: int) -> Callable[[Fl
     """The networks of the avatar's ensemble in this process: a window [WINDOW] -> motion and speech of its frames."""
 
     def session(model: str) -> Callable[[str, Mapping[str, Float32]], Float32]:
-        graph = _onnx.session(repository / model / "1" / "model.onnx", threads)
+        graph = feeds.session(repository / model / "1" / "model.onnx", threads=threads)
         return lambda output, inputs: np.asarray(graph.run([output], inputs)[0])
 
     detector = session("vad")
@@ -418,8 +418,8 @@ class Other(Contender):
         )
 
     def animates(self, threads: int) -> Callable[[Float32, int], object]:  # noqa: D102
-        encoder = _onnx.session(self.repository / "audio_encoder" / "1" / "model.onnx", threads)
-        detector = _onnx.session(self.repository / "vad" / "1" / "model.onnx", threads)
+        encoder = feeds.session(self.repository / "audio_encoder" / "1" / "model.onnx", threads=threads)
+        detector = feeds.session(self.repository / "vad" / "1" / "model.onnx", threads=threads)
         start, recorded = self._frame
 
         def animate(window: Float32, index: int) -> object:

@@ -54,6 +54,12 @@ def speech(path: Path = SPEECH) -> npt.NDArray[np.float32]:
     return samples.astype(np.float32) / 2**15
 
 
+def halves() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """The first half of `demo/speech.wav`, to calibrate on, and the second one, to check with."""
+    audio = speech()
+    return audio[: len(audio) // 2], audio[len(audio) // 2 :]
+
+
 def feeds(
     name: str,
     repository: Path = REPOSITORY,
@@ -83,10 +89,10 @@ def feeds(
         "asr_decoder": _steps,
     }[name](audio, repository)
     names = [tensor.name for tensor in graph.inputs]
-    return [{name: np.ascontiguousarray(feed[name]) for name in names} for feed in made]
+    return [{name: np.array(feed[name]) for name in names} for feed in made]  # copies: torch wants to be able to write
 
 
-def session(path: Path, threads: int = 1) -> ort.InferenceSession:
+def session(path: Path, precision: registry.Precision = "fp32", threads: int = 1) -> ort.InferenceSession:
     """The file in ONNX Runtime on the CPU.
 
     Raises:
@@ -98,6 +104,8 @@ def session(path: Path, threads: int = 1) -> ort.InferenceSession:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    if precision == "fp16":  # with all of its optimisations ONNX Runtime 1.31 dies of a segmentation fault there
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

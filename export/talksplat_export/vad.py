@@ -11,7 +11,6 @@ Runtime takes three times as long for convolutions over four columns and a node 
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +21,8 @@ from torch.nn import functional as F
 
 from talksplat.clock import CHUNK_FRAMES, CHUNK_SAMPLES, LEFT_CONTEXT, LOOK_AHEAD, SAMPLES_PER_FRAME, WINDOW
 
-from ._onnx import export as export_onnx
-from ._onnx import parity
 from ._wheels import wheel_file
-
-TOLERANCE = 1e-5  # of a probability
+from .registry import Graph, graph
 
 STEP = 512  # new samples a step
 CONTEXT = 64  # samples of the step before, put in front of them
@@ -160,17 +156,9 @@ def load() -> SileroVad:
     return module.eval()
 
 
-def export(repository: Path) -> None:
-    """Write `vad/1/model.onnx` and compare it with the module.
-
-    Raises:
-        WeightsError, ExportError: see `load` and `talksplat_export._onnx.export`.
-    """
-    module, path = load(), repository / "vad" / "1" / "model.onnx"
-    batch = {0: "batch"}
-    export_onnx(module, path, {"AUDIO": torch.zeros(2, WINDOW)}, ["SPEECH"], {"AUDIO": batch, "SPEECH": batch})
-    noise = torch.randn(3, WINDOW, generator=torch.Generator().manual_seed(0)) * 0.1
-    parity(module, path, {"AUDIO": noise}, TOLERANCE)
+def graphs() -> list[tuple[Graph, nn.Module]]:
+    """What is exported, and the module that computes it; raises as `load` does."""
+    return [(graph("vad"), load())]
 
 
 @torch.inference_mode()

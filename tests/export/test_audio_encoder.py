@@ -19,7 +19,7 @@ from talksplat.clock import (
     SAMPLES_PER_FRAME,
     WINDOW,
 )
-from talksplat_export import _onnx, audio_encoder
+from talksplat_export import audio_encoder, feeds
 from talksplat_export.audio_encoder import AudioEncoder, MelPower
 
 
@@ -127,12 +127,11 @@ def test_weights_are_small_and_say_where_they_come_from(encoder: AudioEncoder) -
         assert {"version", "config", "config_digest", "commit", "synthetic_accuracy_clean"} <= file.metadata().keys()
 
 
-def test_export_has_the_promised_tensors_and_computes_the_same(encoder: AudioEncoder, tmp_path: Path) -> None:
-    audio_encoder.export(tmp_path)
-    path = tmp_path / "audio_encoder" / "1" / "model.onnx"
+def test_export_has_the_promised_tensors_and_computes_the_same(encoder: AudioEncoder, repository: Path) -> None:
+    path = repository / "audio_encoder" / "1" / "model.onnx"
     model = onnx.load(path)
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [18]
-    session = _onnx.session(path)
+    session = feeds.session(path)
     assert [(x.name, x.type, x.shape[1:]) for x in session.get_inputs()] == [("AUDIO", "tensor(float)", [WINDOW])]
     outputs = [("FEATURES", [CHUNK_FRAMES, 128]), ("WINDOW", [WINDOW])]
     assert [(x.name, x.shape[1:]) for x in session.get_outputs()] == outputs
@@ -145,11 +144,8 @@ def test_export_has_the_promised_tensors_and_computes_the_same(encoder: AudioEnc
         np.testing.assert_allclose(actual, expected, atol=5e-5 * max(1, np.abs(expected).max()), rtol=0)
 
 
-def test_exported_silence_is_finite_and_a_window_gives_the_same_bits_in_any_batch(
-    encoder: AudioEncoder, tmp_path: Path
-) -> None:
-    audio_encoder.export(tmp_path)
-    session = _onnx.session(tmp_path / "audio_encoder" / "1" / "model.onnx")
+def test_exported_silence_is_finite_and_a_window_gives_the_same_bits_in_any_batch(repository: Path) -> None:
+    session = feeds.session(repository / "audio_encoder" / "1" / "model.onnx")
     audio = np.stack([np.zeros(WINDOW, np.float32), *(speech_like(WINDOW, seed).numpy() for seed in range(4))])
     together, _ = session.run(None, {"AUDIO": audio})
     assert np.isfinite(together).all()

@@ -5,7 +5,7 @@ import torch
 
 from talksplat.avatar import COEFFICIENTS, FEATURES, HIDDEN
 from talksplat.clock import CHUNK_FRAMES
-from talksplat_export import _onnx, deformation
+from talksplat_export import feeds
 from talksplat_export.deformation import Deformation
 
 
@@ -32,9 +32,8 @@ def test_it_is_a_two_layer_network_with_the_biases_in_the_last_rows() -> None:
     np.testing.assert_allclose(Deformation()(*inputs.values()).numpy(), expected, atol=1e-4)
 
 
-def test_export_has_the_promised_tensors_and_computes_the_same(tmp_path: Path) -> None:
-    deformation.export(tmp_path)
-    session = _onnx.session(tmp_path / "deformation" / "1" / "model.onnx")
+def test_export_has_the_promised_tensors_and_computes_the_same(repository: Path) -> None:
+    session = feeds.session(repository / "deformation" / "1" / "model.onnx")
     assert {x.name: x.shape[1:] for x in session.get_inputs()} == {
         "FEATURES": [4, 128],
         "ADAPTER_IN": [129, 64],
@@ -48,9 +47,8 @@ def test_export_has_the_promised_tensors_and_computes_the_same(tmp_path: Path) -
         np.testing.assert_allclose(actual, expected, atol=5e-5 * np.abs(expected).max(), rtol=0)
 
 
-def test_a_row_of_a_batch_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
-    deformation.export(tmp_path)
-    session = _onnx.session(tmp_path / "deformation" / "1" / "model.onnx")
+def test_a_row_of_a_batch_does_not_depend_on_its_neighbours(repository: Path) -> None:
+    session = feeds.session(repository / "deformation" / "1" / "model.onnx")
     inputs = {name: tensor.numpy() for name, tensor in random_inputs(8).items()}
     (together,) = session.run(None, inputs)
     for row in range(8):

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from talksplat import clock, framing
-from talksplat_export import _onnx, _wheels, vad
+from talksplat_export import _wheels, feeds, vad
 from talksplat_export._wheels import WeightsError
 
 Float32 = npt.NDArray[np.float32]
@@ -22,12 +22,12 @@ def probabilities(repository: Path, speech: Float32) -> Float32:
 
 
 def run(repository: Path, windows: Float32) -> Float32:
-    return np.asarray(_onnx.session(repository / "vad" / "1" / "model.onnx").run(None, {"AUDIO": windows})[0])
+    return np.asarray(feeds.session(repository / "vad" / "1" / "model.onnx").run(None, {"AUDIO": windows})[0])
 
 
 def stock(windows: Float32) -> npt.NDArray[np.float64]:
     """What the contract says, on the stock file: 28 steps of 512, the largest of a frame's steps, a triangle."""
-    session = _onnx.session(_wheels.wheel_file("silero_vad", "data/silero_vad.onnx", STOCK_SHA256))
+    session = feeds.session(_wheels.wheel_file("silero_vad", "data/silero_vad.onnx", STOCK_SHA256))
     frames = []
     for window in windows:
         state, rate = np.zeros((2, 1, 128), np.float32), np.array(clock.SAMPLE_RATE)
