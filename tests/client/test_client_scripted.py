@@ -398,14 +398,16 @@ def test_a_running_stream_that_gets_no_place_ends_with_the_state_to_resume_from(
     assert len(outcome.frames) == outcome.state.frame == 16
 
 
-EXPIRED = "in ensemble 'animate', The chunk is 312 ms old, beyond its deadline of 300 ms."
+EXPIRED = "in ensemble 'animate', The chunk is 31200 ms old, beyond its deadline of 30000 ms."
 
 
 def test_a_chunk_that_the_server_dropped_leaves_a_gap_and_the_stream_goes_on(user: Any) -> None:
     audio = noise(2)
     with ScriptedServer(script=failing(grpc.StatusCode.CANCELLED, EXPIRED, [2, 3, 12])) as server:
-        outcome = user.play(server.url, audio, deadline=0.3)
-        assert {asked.chunk: asked.deadline_ms for asked in server.asked} == dict.fromkeys(range(13), 300)
+        outcome = user.play(server.url, audio, deadline=30)
+        told = {asked.chunk: asked.deadline_ms for asked in server.asked}
+        assert set(told) == set(range(13))
+        assert all(20_000 < each <= 30_000 for each in told.values())  # what is left when it is sent
         assert server.count == 13  # nothing is rendered late
     assert outcome.error is None
     assert [frame.index for frame in outcome.frames] == [*range(8), *range(16, 48)]
