@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def check(model: onnx.ModelProto, graph: Graph) -> None:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far an output is from the module's."""
+    """How far an output is from what it should be."""
 
     output: str
     difference: float  # the largest, as a share of the output's largest magnitude
@@ -114,20 +114,42 @@ def parity(
     """
     running = session(path, precision)
     names = [tensor.name for tensor in graph.outputs]
-    pairs: dict[str, list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]] = {name: [] for name in names}
-    for feed in batches:
+
+    def compute(feed: Feed) -> list[npt.NDArray[Any]]:
         with torch.inference_mode():
             results = module(*(torch.from_numpy(feed[tensor.name]) for tensor in graph.inputs))
-        expected = [results] if isinstance(results, torch.Tensor) else list(results)
-        for name, mine, theirs in zip(names, running.run(names, feed), expected, strict=True):
+        return [each.numpy() for each in ([results] if isinstance(results, torch.Tensor) else results)]
+
+    try:
+        return compare(graph, precision, batches, lambda feed: running.run(names, feed), compute, "the module")
+    except ExportError as error:
+        raise ExportError(f"{path}: {error}") from None
+
+
+def compare(
+    graph: Graph,
+    precision: Precision,
+    batches: Sequence[Feed],
+    run: Callable[[Feed], Sequence[npt.NDArray[Any]]],  # the outputs in ``graph``'s order
+    reference: Callable[[Feed], Sequence[npt.NDArray[Any]]],  # as they should be
+    who: str,  # the reference is, in messages
+) -> list[Deviation]:
+    """How far each output of ``run`` is from that of ``reference``, over all ``batches``.
+
+    Raises:
+        ExportError: a shape differs, a value is not finite, or a deviation is above ``graph``'s tolerance.
+    """
+    pairs: dict[str, list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]] = {tensor.name: [] for tensor in graph.outputs}
+    for feed in batches:
+        for name, mine, theirs in zip(pairs, run(feed), reference(feed), strict=True):
             if mine.shape != theirs.shape:
-                raise ExportError(f"{path}: {name} is {mine.shape} where the module gives {tuple(theirs.shape)}.")
-            pairs[name].append((mine.reshape(-1), theirs.numpy().reshape(-1)))
+                raise ExportError(f"{name} is {mine.shape} where {who} gives {theirs.shape}.")
+            pairs[name].append((mine.reshape(-1), theirs.reshape(-1)))
     found, tolerance = [_deviation(name, each) for name, each in pairs.items()], graph.tolerances[precision]
     for each in found:
         if not each.is_within(tolerance):
             raise ExportError(
-                f"{path}: {each.output} differs from the module by {each.difference:.1e} of its largest magnitude and "
+                f"{each.output} differs from {who} by {each.difference:.1e} of its largest magnitude and "
                 f"correlates by {each.correlation:.4f}; allowed: {tolerance.difference:.1e}, {tolerance.correlation}."
             )
     return found

@@ -59,7 +59,7 @@ class Network:
     """
 
     def __init__(self, trt: ModuleType, path: Path, graph: Graph) -> None:
-        self._graph, self._logger = graph, logger(trt)
+        self._graph, self._logger = graph, logger(trt.ILogger)
         self._builder = trt.Builder(self._logger)
         self._network = self._builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         self._parser = trt.OnnxParser(self._network, self._logger)  # kept, since it owns the weights
@@ -97,14 +97,14 @@ class Network:
 
 
 @functools.cache
-def logger(trt: ModuleType) -> Any:
-    """An `ILogger` that keeps errors in its list ``errors``; one a process, since TensorRT goes on with its first."""
+def logger(interface: Any) -> Any:
+    """A ``trt.ILogger`` with a list ``errors``; one a process, since TensorRT goes on with the first that it meets."""
 
     def log(self: Any, severity: Any, message: str) -> None:
-        if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+        if severity in (interface.ERROR, interface.INTERNAL_ERROR):
             self.errors.append(message)
 
-    return type("Log", (trt.ILogger,), {"log": log, "errors": []})()
+    return type("Log", (interface,), {"log": log, "errors": []})()
 
 
 def _parser_error(error: Any) -> str:

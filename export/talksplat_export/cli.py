@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("models", "fit", "quality", "compare", "robustness", "pretrain", "experiment")  # modules of this package
+COMMANDS = ("models", "fit", "quality", "compare", "robustness", "pretrain", "aot", "tensorrt", "experiment")  # modules of this package
 
 
 def main(argv: list[str] | None = None) -> int:
