@@ -6,7 +6,8 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("models", "fit", "quality", "compare", "robustness", "pretrain", "aot", "tensorrt", "experiment")  # modules of this package
+# modules of this package
+COMMANDS = ("models", "fit", "quality", "compare", "robustness", "pretrain", "aot", "tensorrt", "experiment")
 
 
 def main(argv: list[str] | None = None) -> int:
