@@ -104,6 +104,11 @@ fuzz: models $(VENV)/.dev  ## 5,000 spoilt requests at every door, others each t
 models: $(VENV)/.installed  ## export every model that is missing or stale into model_repository/
 	@$(BIN)/talksplat-export models
 
+.PHONY: aot
+aot: models $(VENV)/.dev  ## compile every graph in every precision for every GPU, without one; writes bench/aot.json
+	$(BIN)/talksplat-export models --precision fp16 int8
+	$(BIN)/talksplat-export aot --json bench/aot.json
+
 .PHONY: clean
 clean:  ## remove what was built and exported, but not the environment
 	rm -rf build bench runs demo/out .mypy_cache .pytest_cache .ruff_cache
