@@ -5,6 +5,7 @@ TensorRT and TensorRT-RTX have the same Python API up to there, so each is hande
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import re
@@ -42,6 +43,20 @@ def load(*names: str, otherwise: str) -> ModuleType:
         except ImportError as error:
             raise MissingTensorRTError(f"{name} can't be loaded ({error}): {otherwise}") from error
     raise MissingTensorRTError(f"{' or '.join(names)} is not installed: {otherwise}")
+
+
+def check_libraries(trt: ModuleType) -> None:
+    """TensorRT's bindings come from PyPI, its libraries with the container.
+
+    Raises:
+        MissingTensorRTError: they are of different versions.
+    """
+    wanted = [int(part) for part in trt.__version__.split(".")[:3]]
+    number = int(ctypes.CDLL(f"libnvinfer.so.{wanted[0]}").getInferLibVersion())
+    found = [number // 10_000, number // 100 % 100, number % 100]
+    if found != wanted:
+        versions = (".".join(map(str, each)) for each in (wanted, found))
+        raise MissingTensorRTError("TensorRT's bindings are of {}, its libraries of {}.".format(*versions))
 
 
 class Network:
@@ -118,7 +133,7 @@ def _parser_error(error: Any) -> str:
 def _tidy(message: str) -> str:
     """Without what only NVIDIA can use: places in its sources."""
     message = re.sub(r"^\w+::\w+: Error Code \d+: ", "", message)
-    return re.sub(r"\[\w+\.cpp:\d+: \w+\] |\.? In \w+ at /\S+", "", message)
+    return re.sub(r"\[\w+\.cpp:\d+: \w+\] |\.? In \w+ at /[^\s)]+", "", message)
 
 
 def _ends(network: Any) -> tuple[tuple[str, list[Any]], tuple[str, list[Any]]]:

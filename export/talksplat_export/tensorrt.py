@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import hashlib
 import json
 import math
@@ -37,7 +36,8 @@ from talksplat.bench._report import Row, report
 
 from . import feeds, models
 from ._onnx import Deviation, ExportError, compare, write
-from ._trt import MissingTensorRTError, Network, load, logger
+from ._trt import MissingTensorRTError, Network, check_libraries, load, logger
+from .derive import PLAN
 from .feeds import Feed
 from .registry import GRAPHS, PRECISIONS, Graph, Precision
 
@@ -45,7 +45,6 @@ Hardware: TypeAlias = Literal["none", "ampere-plus", "same-compute-capability"]
 Results: TypeAlias = list[npt.NDArray[Any]]  # a graph's outputs, in the registry's order
 Run: TypeAlias = Callable[[Feed], Results]
 
-PLAN = "model.plan"
 CACHE = "timing.cache"
 
 _MAY_CHANGE = ("cuda", "driver", "plan_sha256", "deviations")  # of a plan's provenance, while the plan stays right
@@ -176,20 +175,6 @@ def _on_device(array: npt.NDArray[Any]) -> Any:
     import torch
 
     return torch.from_numpy(_bytes(array) if array.size else np.zeros(1, np.uint8)).cuda()
-
-
-def check_libraries(trt: ModuleType) -> None:
-    """Bindings come from PyPI, libraries with the container.
-
-    Raises:
-        MissingTensorRTError: they are of different versions.
-    """
-    wanted = [int(part) for part in trt.__version__.split(".")[:3]]
-    number = int(ctypes.CDLL(f"libnvinfer.so.{wanted[0]}").getInferLibVersion())
-    found = [number // 10_000, number // 100 % 100, number % 100]
-    if found != wanted:
-        versions = (".".join(map(str, each)) for each in (wanted, found))
-        raise MissingTensorRTError("TensorRT's bindings are of {}, its libraries of {}.".format(*versions))
 
 
 class _Timings:
