@@ -30,6 +30,7 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.console import Console
 
 from talksplat.bench._report import Row, report
@@ -91,8 +92,6 @@ class Gpu:
     """
 
     def __init__(self) -> None:
-        import torch
-
         self.trt = load("tensorrt", "tensorrt_bindings", otherwise="plans are built in the container, deploy/README.md")
         check_libraries(self.trt)
         if not torch.cuda.is_available():
@@ -104,8 +103,6 @@ class Gpu:
         Raises:
             NoGpuError: the driver does not answer.
         """
-        import torch
-
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
@@ -138,8 +135,6 @@ class _Plan:
             raise PlanError("There is no execution context: is the GPU's memory too small for the profile?")
 
     def __call__(self, feed: Feed) -> Results:
-        import torch
-
         stream, context = torch.cuda.Stream(), self._context  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             inputs = {name: _on_device(array) for name, array in feed.items()}
@@ -172,8 +167,6 @@ def _bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 def _on_device(array: npt.NDArray[Any]) -> Any:
     """The bytes of a contiguous array; an empty one has an address, too."""
-    import torch
-
     return torch.from_numpy(_bytes(array) if array.size else np.zeros(1, np.uint8)).cuda()
 
 
