@@ -5,16 +5,19 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
-from talksplat_export import _onnx, aot, cli
+from talksplat_export import _onnx, _trt, aot, cli
 from talksplat_export._trt import BuildError, MissingTensorRTError
 from talksplat_export.aot import TARGETS, TURING, Job
 from talksplat_export.registry import BATCH, GRAPHS, PRECISIONS, Graph, Range, Tensor, Tolerance
@@ -122,6 +125,30 @@ def test_another_size_rank_or_name_is_named(path: Path) -> None:
     job = toy(path, [node("Neg", "X", "Y", "negate")])
     graph = Graph("toy", job.graph.inputs, (Tensor("Z", (4,)),), job.graph.ranges, job.graph.tolerances)
     assert aot.check(Job(graph, "fp32", path))["problem"] == "the outputs are Y: expected Z"
+
+
+@given(
+    dims=st.lists(st.one_of(st.integers(1, 9), st.sampled_from(["frames", "past"])), max_size=4),
+    at=st.integers(0, 4),
+    size=st.integers(-1, 9),
+    is_output=st.booleans(),
+)
+def test_a_dim_is_as_the_registry_has_it_or_is_named(
+    dims: list[int | str], at: int, size: int, is_output: bool
+) -> None:
+    trt: Any = SimpleNamespace(float32="FLOAT")
+    wanted = [BATCH, *dims]
+    shape = [-1 if isinstance(dim, str) else dim for dim in wanted]
+    at %= len(shape)
+    shape[at], right = size, shape[at]
+    tensor = SimpleNamespace(dtype="FLOAT", shape=tuple(shape))
+    problems = list(_trt._tensor(trt, tensor, Tensor("T", tuple(dims)), unknown=is_output))
+    # of an output, TensorRT may not know ahead of time what is fixed
+    if size == right or (is_output and size == -1):
+        assert problems == []
+    else:
+        assert len(problems) == 1
+        assert problems[0].startswith(f"dim {at} of T")
 
 
 def test_another_type_is_named(path: Path) -> None:
