@@ -7,7 +7,7 @@ import importlib
 import sys
 
 # modules of this package
-COMMANDS = ("models", "fit", "quality", "compare", "robustness", "pretrain", "aot", "tensorrt", "experiment")
+COMMANDS = ("models", "fit", "quality", "compare", "robustness", "pretrain", "aot", "tensorrt", "derive", "experiment")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -238,7 +238,7 @@ def _plan(name: str, change: ModelChange, source: Path, plans: Path | None) -> P
         raise DeriveError(f"{beside} is no provenance of a plan: {error!r}.") from error
     if found != built:
         raise DeriveError(f"{plan} is not the plan of the provenance beside it: build it anew.")
-    if precision not in _graph(name).tolerances or change.precision not in (None, precision):
+    if precision not in tuple(_graph(name).tolerances) or change.precision not in (None, precision):
         raise DeriveError(f"{plan} was built in {precision}: expected {change.precision or 'a precision of the net'}.")
     if _sha256(path := _onnx(name, precision, source)) != onnx:
         raise DeriveError(f"{plan} was built from another graph than {path}: build it anew.")
