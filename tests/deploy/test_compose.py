@@ -4,6 +4,7 @@ No engine runs here. Docker's own `docker compose config` is asked where it is i
 of the CPU's image outside Docker.
 """
 
+import argparse
 import copy
 import functools
 import http.server
@@ -11,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import ssl
 import subprocess
@@ -172,6 +174,22 @@ def test_our_commands_are_the_ones_that_there_are(name: str) -> None:
         assert str(arguments.avatars) in mounted
         assert arguments.host != "127.0.0.1"
         assert arguments.log_to_stdout  # what the engine limits
+
+
+def test_plans_are_built_by_commands_that_there_are() -> None:
+    plans, repository = SERVICES["plans"]["command"]
+    parsed = []
+    for line in (DOCKER / "plans.sh").read_text().splitlines():
+        if line.startswith("talksplat-export "):
+            words = [{"$1": plans, "$2": repository}.get(word, word) for word in shlex.split(line)[1:]]
+            parser = argparse.ArgumentParser()
+            importlib.import_module(f"talksplat_export.{words[0]}").add_parser(parser.add_subparsers())
+            parsed.append(parser.parse_args(words))
+    build, derive = parsed
+    assert str(build.plans) == str(derive.plans) == plans
+    assert (derive.target, str(derive.output)) == ("tensorrt", repository)
+    (export,) = (each.rest for each in Dockerfile(DOCKER / "Dockerfile").stages["models"].instructions[-1:])
+    assert build.precision in export.split()  # a plan's ONNX file is in the image
 
 
 def test_options_that_there_are_not_would_be_found() -> None:
