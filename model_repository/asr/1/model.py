@@ -34,7 +34,8 @@ class TritonPythonModel:
         }
         folder = Path(args["model_repository"])
         if parameters["networks"] == "in_process":
-            networks = asr.in_process(folder.parent, int(parameters["intra_op_thread_count"]))
+            threads, precision = int(parameters["intra_op_thread_count"]), parameters["precision"]
+            networks = asr.in_process(folder.parent, threads, precision)
         elif parameters["networks"] == "triton":
             networks = _through_triton()
         else:
