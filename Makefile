@@ -34,7 +34,7 @@ serve-secure: models  ## the same behind nginx: TLS, API keys, tenants, limits
 
 .PHONY: test
 test: models $(VENV)/.dev lint types  ## all tests, lint and types
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # mostly they wait for servers and clocks
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder  # mostly they wait for servers and clocks
 
 .PHONY: lint
 lint: $(VENV)/.dev  ## ruff: rules and format

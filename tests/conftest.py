@@ -17,6 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which comes later: small products are slower on several threads
 
 
+TOGETHER = ("faults", "monitoring")  # folders whose tests share servers of their own
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs in one process, where there are several: a file, or a whole folder of `TOGETHER`."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder in TOGETHER else item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The project's recordings, which lie beside the checkout and are never part of it."""
