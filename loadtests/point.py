@@ -194,7 +194,8 @@ class _SharedConnection:
             region.close()
 
     async def _register(self, ask: Ask) -> _Region:
-        name = f"talksplat-point-{os.getpid()}-{self.stream_id}-{time.monotonic_ns()}"
+        # begins as a server's do: the next one that starts removes what a killed process has left
+        name = f"talksplat-{os.getpid()}-0-{self.stream_id}-{time.monotonic_ns()}"
         region = _Region(name, ask.chunks * _chunk_bytes(ask.size))
         self.regions.append(region)
         try:

@@ -368,12 +368,21 @@ def _derived(point: Settings, plans: Path | None) -> Iterator[Path]:
 
 
 def _gather(plans: Path, point: Settings, folder: Path) -> None:
-    """Link plans of the nets' own precisions beside each other: they were built one precision a folder."""
+    """Link plans of the nets' own precisions beside each other: they are built one precision a folder.
+
+    Raises:
+        DeriveError: there is no such plan.
+    """
     folder.mkdir()
     for name in NETS:
         net = point.net(name)
         if net.platform == "tensorrt_plan":
-            (folder / name).symlink_to((plans / (net.precision or "fp32") / name).resolve())
+            precision = net.precision or "fp32"
+            source = (plans / precision / name).resolve()
+            if not source.is_dir():
+                command = f"talksplat-export tensorrt --plans {plans / precision} --precision {precision}"
+                raise DeriveError(f"{source} is missing: run `{command}`.")
+            (folder / name).symlink_to(source)
 
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -433,6 +442,10 @@ class _LoadProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()  # with which it ends
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
         self._end()
         self._errors.close()
 
@@ -664,19 +677,18 @@ def _plot(study: Study, rows: Sequence[Measured], path: Path) -> None:
     axes.axvline(throughput, color="0.7", lw=0.8, ls=":", zorder=0)
     axes.axhline(latency, color="0.7", lw=0.8, ls=":", zorder=0)
     truth = [row["delivered_psnr_db"] for row in sound]
-    low, high = min(truth), max(truth)
-    dots = axes.scatter(
-        x,
-        y,
-        c=truth,
-        cmap="viridis",
-        vmin=low - (high - low < 1),
-        vmax=high + (high - low < 1),
-        s=90,
-        edgecolors=["C3" if is_best else "white" for is_best in front],
-        linewidths=1.5,
-        zorder=3,
-    )
+    edges = ["C3" if is_best else "white" for is_best in front]
+    dots = axes.scatter(x, y, c=truth, cmap="viridis", s=90, edgecolors=edges, linewidths=1.5, zorder=3)
+    notes = [
+        "Places are ratios to neighbouring runs of the baseline, times its median (dotted); grey: repeats; red: front."
+    ]
+    if max(truth) - min(truth) < 0.05:
+        notes.append(f"All deliver frames at {truth[0]:.1f} dB, against the baseline's before JPEG.")
+    else:
+        words = "delivered frames against the baseline's before JPEG, dB"
+        figure.colorbar(dots, label=words, fraction=0.04, pad=0.02)
+    if failed := ", ".join(row["point"] for row in rows if row["reason"] is not None):
+        notes.append(f"Failed: {failed}.")
     axes.margins(0.12)
     if max(y) > 4 * min(y):
         axes.set_yscale("log")
@@ -685,21 +697,14 @@ def _plot(study: Study, rows: Sequence[Measured], path: Path) -> None:
     axes.set_xlabel(f"frames/s with {max(study.loads.concurrencies)} requests under way  (more is better)")
     axes.set_ylabel(f"chunk p95 of {max(study.loads.streams)} streams in real time, ms  (less is better)")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.colorbar(dots, label="delivered frames against the baseline's before JPEG, dB", fraction=0.04, pad=0.02)
     figure.suptitle(study.title, fontsize=14)
-    failed = ", ".join(row["point"] for row in rows if row["reason"] is not None)
-    notes = [
-        "Places are ratios to neighbouring runs of the baseline, times its median (dotted); grey: repeats; red: front.",
-        *([f"Failed: {failed}."] if failed else []),
-        *_places(sound),
-    ]
-    figure.supxlabel("\n".join(notes), fontsize=7.5, color="0.4")
+    figure.supxlabel("\n".join([*notes, *_places(sound)]), fontsize=7.5, color="0.4")
     halo = [withStroke(linewidth=3, foreground="white")]
     texts = [
-        axes.text(a, b, row["point"], fontsize=9, path_effects=halo, zorder=4)
+        axes.text(a, b, row["point"].replace(", ", ",\n"), fontsize=9, path_effects=halo, zorder=4)
         for row, a, b in zip(sound, x, y, strict=True)
     ]
-    adjust_text(texts, x, y, ax=axes, expand=(1.15, 1.5), arrowprops={"arrowstyle": "-", "color": "0.5", "lw": 0.6})
+    adjust_text(texts, x, y, ax=axes, expand=(1.25, 1.6), arrowprops={"arrowstyle": "-", "color": "0.5", "lw": 0.6})
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_a_closed_door_is_an_error_and_no_memory_is_left(server: Server) -> None
 
     with pytest.raises(AskError, match="UNAVAILABLE"):
         asyncio.run(ask())
-    assert not list(SHARED_MEMORY.glob("talksplat-point-*viewer-0*"))
+    assert not list(SHARED_MEMORY.glob(f"talksplat-{os.getpid()}-0-*"))
 
 
 def test_an_order_that_fails_is_answered_and_the_next_one_taken(
