@@ -47,13 +47,15 @@ def reduced(graph: Graph, precision: Precision, source: Path, batches: Sequence[
         PrecisionError: modelopt is missing, or a name in ``graph.keep`` fits no node.
         ExportError: what comes out is not as ``graph`` promises, see `_onnx.check`.
     """
-    model = _fp16(graph, source, batches) if precision == "fp16" else _int8(graph, source, batches)
+    keep = kept(onnx.load(source), graph.keep.get(precision, ()))
+    model = _fp16(source, keep, batches) if precision == "fp16" else _int8(source, keep, batches)
     model.ir_version = IR_VERSION
+    model.graph.ClearField("value_info")  # what modelopt leaves there is wrong where dims share a name
     check(model, graph)
     return model
 
 
-def _fp16(graph: Graph, source: Path, batches: Sequence[Feed]) -> onnx.ModelProto:
+def _fp16(source: Path, keep: set[str], batches: Sequence[Feed]) -> onnx.ModelProto:
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         try:
             from modelopt.onnx.autocast import convert_to_mixed_precision  # takes seconds
@@ -69,13 +71,12 @@ def _fp16(graph: Graph, source: Path, batches: Sequence[Feed]) -> onnx.ModelProt
             low_precision_type="fp16",
             keep_io_types=True,
             calibration_data=folder,
-            nodes_to_exclude=[f"^{re.escape(name)}$" for name in sorted(kept(onnx.load(source), graph.keep))],
+            nodes_to_exclude=[f"^{re.escape(name)}$" for name in sorted(keep)],
         )
     return model
 
 
-def _int8(graph: Graph, source: Path, batches: Sequence[Feed]) -> onnx.ModelProto:
-    keep = kept(onnx.load(source), graph.keep)
+def _int8(source: Path, keep: set[str], batches: Sequence[Feed]) -> onnx.ModelProto:
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         folded, quantised = Path(folder) / "folded.onnx", Path(folder) / "quantised.onnx"
         quant_pre_process(source, folded, skip_symbolic_shape=True)
@@ -91,7 +92,12 @@ def _int8(graph: Graph, source: Path, batches: Sequence[Feed]) -> onnx.ModelProt
             weight_type=QuantType.QInt8,
             # A fused node has the first one's name, a slash and what was done to it.
             nodes_to_exclude=[node.name for node in nodes if node.name.split("/")[0] in keep],
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+                "MatMulConstBOnly": True,  # attention, a product of activations, stays as it is
+            },
         )
         return onnx.load(quantised)
 
@@ -100,7 +106,7 @@ def kept(model: onnx.ModelProto, weights: Sequence[str]) -> set[str]:
     """The nodes that stay in fp32.
 
     Those that use weights whose names begin so, what leads there from the graph's inputs, and what follows up to the
-    next weights.
+    next weights; and what passes an input on as it is.
 
     Raises:
         PrecisionError: no weights have a name that begins so.
@@ -131,6 +137,7 @@ def kept(model: onnx.ModelProto, weights: Sequence[str]) -> set[str]:
             continue
         if mine or not follow.isdisjoint(node.output):
             found.add(node.name)
+    found |= {node.name for node in model.graph.node if node.op_type == "Identity" and moved.issuperset(node.input)}
     leading = [name for node in model.graph.node if node.name in found for name in node.input]
     while leading:
         node = makers.get(leading.pop())

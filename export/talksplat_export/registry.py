@@ -43,7 +43,7 @@ class Range:
 class Tolerance:
     """How far a graph may be from the module in PyTorch, on real speech."""
 
-    difference: float = math.inf  # the largest, as a share of the output's largest magnitude (or of 1)
+    difference: float = math.inf  # the largest, as a share of the output's largest magnitude
     correlation: float = 0.0  # Pearson's, over all values of an output
 
 
@@ -56,7 +56,8 @@ class Graph:
     outputs: tuple[Tensor, ...]
     ranges: Mapping[str, Range]  # of `BATCH` and of every other named dim of an input
     tolerances: Mapping[Precision, Tolerance]  # the precisions that it is offered in
-    keep: tuple[str, ...] = field(default=())  # nodes whose weights' names begin so stay in fp32
+    # By precision, how the names of weights begin that stay in fp32; see `precision.kept` for what does with them.
+    keep: Mapping[Precision, tuple[str, ...]] = field(default_factory=dict)
 
     def profile(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
         """By input: its least, usual and largest shape."""
@@ -103,6 +104,8 @@ GRAPHS: tuple[Graph, ...] = (
         (Tensor("SPEECH", (clock.CHUNK_FRAMES,)),),
         {BATCH: _WINDOWS},
         {"fp32": _EXACT, "fp16": _HALF, "int8": _QUANTISED},
+        # With every product in int8 the correlation is 0.79, and 0.990 with the first layer, which sees magnitudes.
+        {"int8": ("spectrum", "encoder.0")},
     ),
     Graph(
         "audio_encoder",
@@ -110,6 +113,8 @@ GRAPHS: tuple[Graph, ...] = (
         (Tensor("FEATURES", (clock.CHUNK_FRAMES, bundle.FEATURES)), Tensor("WINDOW", (clock.WINDOW,))),
         {BATCH: _WINDOWS},
         {"fp32": _EXACT, "fp16": _HALF, "int8": _QUANTISED},
+        # The log-mel's powers span ten decades: in fp16 it differs by 8 %.
+        dict.fromkeys(("fp16", "int8"), ("encoder.mel_power", "encoder.level")),
     ),
     Graph(
         "deformation",
@@ -142,7 +147,8 @@ GRAPHS: tuple[Graph, ...] = (
             Tensor("WINDOW", ("samples",)),
         ),
         {BATCH: _CLIPS, "samples": _SAMPLES},
-        {"fp32": _EXACT, "fp16": _HALF, "int8": _QUANTISED},
+        # No int8: CROSS_KV correlates by 0.67, by 0.983 with its convolutions in fp32, by 0.989 with its MLPs, too.
+        {"fp32": _EXACT, "fp16": _HALF},
     ),
     Graph(
         "asr_decoder",
