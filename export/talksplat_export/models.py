@@ -108,8 +108,9 @@ def models(asr: str = "base", asr_weights: Path | None = None) -> list[Model]:
     folder = [asr_weights / name for name in ("model.safetensors", "tokenizer.json")] if asr_weights else []
     if missing := [path for path in folder if not path.is_file()]:
         raise WeightsError(f"{missing[0].parent} has no {missing[0].name}.")
-    avatar, moonshine = _RUNTIME / "avatar.py", [_HERE / "moonshine.py", *folder]
+    avatar, moonshine = _RUNTIME / "avatar.py", [_HERE / "moonshine.py", _HERE / "dynamic.py", *folder]
     options = {"size": asr, "weights": asr_weights}
+    in_process = [f"asr/1/{name}" for name in ("tokenizer.bin", "encoder.onnx", "decoder.onnx")]
     weights, triplanes = _HERE / "weights" / "audio_encoder.safetensors", _RUNTIME / "triplanes.py"
     audio_encoder = Model("audio_encoder", "audio_encoder", [_HERE / "audio_encoder.py", weights])
     asr_encoder = Model("asr_encoder", "moonshine", moonshine, options)
@@ -118,7 +119,7 @@ def models(asr: str = "base", asr_weights: Path | None = None) -> list[Model]:
         audio_encoder,
         Model("deformation", "deformation", [_HERE / "deformation.py", avatar], fed_by=[audio_encoder]),
         asr_encoder,
-        Model("asr_decoder", "moonshine", moonshine, options, [asr_encoder], beside=["asr/1/tokenizer.bin"]),
+        Model("asr_decoder", "moonshine", moonshine, options, [asr_encoder], beside=in_process),
         Model("deformation_huma1", "huma1", [_HERE / "huma1.py", avatar, triplanes], fed_by=[asr_encoder]),
     ]
 

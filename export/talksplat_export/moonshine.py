@@ -35,7 +35,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from talksplat.avatar import SPEECH_WIDTH
 
-from . import registry
+from . import dynamic, models, registry
 from ._onnx import write
 from ._wheels import WeightsError, wheel_file
 from .registry import Graph, graph
@@ -463,7 +463,7 @@ def graphs(size: Size = "base", weights: Path | None = None) -> list[tuple[Graph
 
 
 def accompany(repository: Path, size: Size = "base", weights: Path | None = None) -> None:
-    """Write `asr/1/tokenizer.bin`, and make the configs fit.
+    """Write `asr/1`: the tokenizer, and both graphs as `talksplat.asr` runs them in process; make the configs fit.
 
     Those that were written for another size get this one's dims, and that of `avatar_huma1` is told the encoder, so
     that it refuses avatars of another one.
@@ -471,7 +471,11 @@ def accompany(repository: Path, size: Size = "base", weights: Path | None = None
     Args and errors: see `graphs`.
     """
     model, tokenizer = _load(size, weights)
-    write(repository / "asr" / "1" / "tokenizer.bin", tokenizer)
+    folder = repository / "asr" / "1"
+    write(folder / "tokenizer.bin", tokenizer)
+    encoder, decoder = (models.path(name, repository=repository) for name in GRAPHS)
+    dynamic.quantise(encoder, folder / "encoder.onnx")
+    dynamic.quantise(decoder, folder / "decoder.onnx", opened="CROSS_KV")
     for name in GRAPHS:
         _resize(repository / name / "config.pbtxt", model)
     used = hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest() if weights else WHEELS[size].encoder
