@@ -83,8 +83,7 @@ soak: models $(VENV)/.dev  ## twenty minutes at 80 % of what `make bench` found 
 STUDIES := precision-threads-instances batching-delay frames
 .PHONY: studies
 studies: models $(VENV)/.dev  ## the three experiments of the CPU, twenty minutes; results go to export/experiments/results
-	$(BIN)/talksplat-export models --precision int8
-	$(BIN)/talksplat-export models --precision fp16
+	$(BIN)/talksplat-export models --precision int8 fp16 --only audio_encoder vad deformation
 	for study in $(STUDIES); do $(BIN)/talksplat-export experiment export/experiments/$$study.toml; done
 	for study in $(STUDIES); do cp build/experiments/$$study.* export/experiments/results/; done
 
