@@ -173,3 +173,9 @@ def test_features_tell_how_far_the_jaw_opens_and_hold_still_in_silence(
     assert by_lag[1] == max(by_lag)
     silence = encoder.encode(torch.zeros(SAMPLE_RATE)).numpy() @ weights[:-1] + weights[-1]
     assert abs(silence.mean()) < 0.1 * np.quantile(jaw, 0.98)
+
+
+def test_the_products_that_are_served_compute_what_the_convolutions_that_are_trained_do(encoder: AudioEncoder) -> None:
+    audio = torch.stack([torch.zeros(WINDOW), *(speech_like(WINDOW, seed) for seed in range(3))])
+    with torch.inference_mode():
+        torch.testing.assert_close(audio_encoder.MatrixEncoder(encoder)(audio), encoder(audio), atol=1e-5, rtol=0)
