@@ -33,20 +33,17 @@ from .registry import GRAPHS, PRECISIONS, Graph, Precision
 TURING = "SM75"
 TARGETS = (TURING, "SM80", "SM86", "SM89", "SM120")
 
-# What TensorRT-RTX can't compile for Turing: it has no matrix product in fp32 there. It has convolutions in fp32, and
-# audio_encoder needs no more. The gate checks that this is still so.
+# What TensorRT-RTX can't compile for Turing: it has no matrix product in fp32 there, unlike TensorRT itself. The gate
+# checks that this is still so.
 _NO_PRODUCT = "FP32 GEMM is not supported"
-_ALL, _SOME = "its matrix products are in fp32", "the matrix products of two tensors stay in fp32"
+_FP32: Precision = "fp32"
 TURING_REFUSES: Mapping[tuple[str, Precision], str] = {
-    ("vad", "fp32"): _ALL,
-    ("deformation", "fp32"): _ALL,
-    ("deformation_huma1", "fp32"): _ALL,
-    ("asr_encoder", "fp32"): _ALL,
-    ("asr_decoder", "fp32"): _ALL,
-    ("asr_encoder", "fp16"): "a matrix product stays in fp32, since its values leave fp16's range",
-    ("vad", "int8"): _SOME,
-    ("asr_encoder", "int8"): _SOME,
-    ("asr_decoder", "int8"): _SOME,
+    **{(graph.name, _FP32): "its matrix products are in fp32" for graph in GRAPHS},
+    ("audio_encoder", "fp16"): "its log-mel stays in fp32",
+    ("audio_encoder", "int8"): "its log-mel stays in fp32",
+    ("asr_encoder", "fp16"): "a product stays in fp32, as its values leave fp16's range",
+    ("asr_decoder", "int8"): "attention stays in fp32",
+    ("vad", "int8"): "its spectrum and LSTM stay in fp32",
 }
 
 
