@@ -30,6 +30,7 @@ SPEECH = ROOT / "demo" / "speech.wav"
 
 WINDOW_BATCHES = (1, 4, 13)  # windows a batch, in turns
 CLIPS = ((1, 0.25), (1, 1.0), (2, 1.6), (1, 4.0), (3, 0.92))  # clips of one length a batch, and their seconds
+DECODED = 3  # of these clips are decoded
 STEPS = (0, 1, 2, 4, 7, 12)  # of the decoder, that become feeds
 GAUSSIANS = (1, 300, 5_000)  # of a Huma 1, in turns
 
@@ -160,7 +161,7 @@ def _clips(audio: npt.NDArray[np.float32], _: Path) -> Iterator[Feed]:
 def _steps(audio: npt.NDArray[np.float32], repository: Path) -> Iterator[Feed]:
     """Of a greedy run over each batch of clips; a row that has ended goes on, as in any batch."""
     encoder, decoder = _served(repository, "asr_encoder"), _served(repository, "asr_decoder")
-    for clip in _clips(audio, repository):
+    for clip in itertools.islice(_clips(audio, repository), DECODED):
         (cross,) = encoder.run(["CROSS_KV"], clip)
         token, past = np.full((len(cross), 1), BOS), np.zeros_like(cross[..., :0, :])
         for step in range(max(STEPS) + 1):

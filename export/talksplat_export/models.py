@@ -277,8 +277,22 @@ def _run(args: argparse.Namespace) -> int:
     for precision, old in before.items():
         rows, file = _rows(every, precision, args.repository), report_path(precision, args.repository)
         if rows != old or not file.is_file():
-            report(f"models, {precision}", rows, file)
+            report(f"models, {precision}", rows, file, _outcome(every, precision, args.repository))
     return status
+
+
+def _outcome(every: Sequence[Model], precision: Precision, repository: Path) -> dict[str, list[Row]]:
+    """What people see and hear of it, once all graphs are there."""
+    missing = [
+        model
+        for model in every
+        if any(model.rows(each, repository) is None for each in (PRECISIONS[0], precision) if _offers(model, each))
+    ]
+    if precision == "fp32" or missing:
+        return {}
+    from . import outcome  # draws frames
+
+    return {"frames": [outcome.frames(precision, repository)], "words": [outcome.words(precision, repository)]}
 
 
 def _rows(every: Sequence[Model], precision: Precision, repository: Path) -> list[Row]:
