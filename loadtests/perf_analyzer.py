@@ -73,7 +73,10 @@ def install() -> Path:
     for wanted, pattern in LIBRARIES.items():
         link = FOLDER / "lib" / wanted
         link.unlink(missing_ok=True)
-        link.symlink_to(next(bundled.glob(pattern)))
+        library = next(bundled.glob(pattern), None)
+        if library is None:
+            sys.exit(f"perf_analyzer needs {wanted} of the wheel nvidia-pytriton: pip install --no-deps nvidia-pytriton")
+        link.symlink_to(library)
     return binary
 
 
