@@ -75,7 +75,7 @@ def install() -> Path:
         link.unlink(missing_ok=True)
         library = next(bundled.glob(pattern), None)
         if library is None:
-            sys.exit(f"perf_analyzer needs {wanted} of the wheel nvidia-pytriton: pip install --no-deps nvidia-pytriton")
+            sys.exit(f"perf_analyzer needs {wanted} of a wheel: pip install --no-deps nvidia-pytriton")
         link.symlink_to(library)
     return binary
 
