@@ -1,6 +1,7 @@
 """Studies as files: what they say, and what they are refused for."""
 
 import itertools
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from talksplat.animator import Options
 from talksplat.server import ROOT
 from talksplat_export.derive import ModelChange
 from talksplat_export.registry import PRECISIONS, graph
-from talksplat_export.study import NETS, Settings, Study, StudyError
+from talksplat_export.study import NETS, Limits, Loads, Settings, Study, StudyError
 
 STUDIES = sorted((ROOT / "export" / "experiments").glob("*.toml"))
 GRID = "[[grid]]\nnets.instances = [2]\n"
@@ -143,6 +144,14 @@ def test_the_studies_that_are_here_can_be_read(path: Path) -> None:
     study = Study.read(path)
     assert study.device == ("cuda" if path.stem.startswith("gpu-") else "cpu")
     assert len(study.points) > 4
+
+
+def test_the_example_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "export" / "experiments" / "README.md").read_text()
+    [example] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    study = read(tmp_path, example)
+    assert len(study.points) == 5
+    assert (study.loads, study.limits) == (Loads(), Limits())  # "these are the defaults"
 
 
 def test_three_studies_are_about_the_cpu_and_two_about_gpus() -> None:
