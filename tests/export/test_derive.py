@@ -51,7 +51,7 @@ ACCELERATOR_25_10 = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The committed configs and code, with stand-ins for ONNX files: derive looks at nothing but their bytes."""
+    """The committed configs and code, with stand-ins for ONNX files, of which only the bytes count."""
     source = tmp_path_factory.mktemp("checkout") / "model_repository"
     shutil.copytree(COMMITTED, source, ignore=shutil.ignore_patterns("*.onnx", "*.stamp", "__pycache__"))
     for graph in registry.GRAPHS:
