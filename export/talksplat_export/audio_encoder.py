@@ -242,7 +242,7 @@ class _Product(nn.Module):
 class MatrixEncoder(nn.Module):
     """What an `AudioEncoder` computes of one WINDOW, as large matrix products; batch normalisation is folded into them.
 
-    ONNX Runtime takes 1.6 times as long for the convolutions on a CPU. All has two dims where it is multiplied, and
+    ONNX Runtime takes 1.5 times as long for the convolutions on a CPU. All has two dims where it is multiplied, and
     rows enough, so that a window has the same bits in every batch.
     """
 
