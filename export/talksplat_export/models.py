@@ -133,7 +133,7 @@ def export(
     does not offer for a graph are passed over. A graph that fails is named, and the others go on.
 
     Raises:
-        ModelsError: some failed. Their old files are gone.
+        ModelsError: some failed; where they had got as far as writing, their old files are gone.
     """
     feeders = [each for model in wanted for each in model.fed_by]
     needed: list[tuple[Model, Precision]] = [
@@ -212,7 +212,7 @@ def _export(model: Model, precision: Precision, repository: Path, modules: dict[
     except BaseException:
         file.unlink(missing_ok=True)
         raise
-    tolerance = graph.tolerances[precision]
+    tolerance, seconds = graph.tolerances[precision], time.monotonic() - began
     rows: list[Row] = [
         {
             "graph": graph.name,
@@ -222,7 +222,7 @@ def _export(model: Model, precision: Precision, repository: Path, modules: dict[
             "correlation": each.correlation,
             "least": tolerance.correlation or None,
             "size_mb": file.stat().st_size / 1e6,
-            "seconds": time.monotonic() - began,
+            "seconds": seconds,
             "fp32_nodes": precisions.fp32_nodes(proto) if precision != "fp32" else None,
         }
         for each in deviations
