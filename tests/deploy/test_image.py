@@ -235,6 +235,8 @@ class Engine:
 
     def close(self) -> None:
         for process in (*self._running.values(), self._net):
+            for inner in psutil.Process(process.pid).children():  # who has become another user outlives its parent
+                inner.kill()
             process.kill()
             process.wait()
 
