@@ -266,7 +266,6 @@ def _run(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     wanted = [model for model in every if not args.only or model.name in args.only]
-    before = {each: _rows(every, each, args.repository) for each in args.precision}
     status = 0
     try:
         export(args.repository, wanted, Console(highlight=False), args.precision)
@@ -274,9 +273,12 @@ def _run(args: argparse.Namespace) -> int:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         status = 1
-    for precision, old in before.items():
+    for precision in args.precision:
         rows, file = _rows(every, precision, args.repository), report_path(precision, args.repository)
-        if rows != old or not file.is_file():
+        reported = None
+        with contextlib.suppress(OSError, ValueError):  # there is none yet
+            reported = json.loads(file.read_text())["rows"]
+        if rows != reported:
             report(f"models, {precision}", rows, file, _outcome(every, precision, args.repository))
     return status
 
