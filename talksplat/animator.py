@@ -31,6 +31,7 @@ from talksplat import avatar as bundle
 from talksplat import clock, splat
 from talksplat.avatar import AnyAvatar, Avatar, BundleError, Huma1Avatar
 from talksplat.cache import AvatarCache, ByteCache, CacheCounts
+from talksplat.drawing import CpuDrawer, Drawer
 from talksplat.framing import RequestError
 from talksplat.log import Fields
 from talksplat.schedule import BusyError, DeadlineError, Due, Schedule
@@ -177,7 +178,8 @@ class Animator:
         avatar_bytes: how much memory loaded avatars may take.
         plate_bytes: how much memory decoded plates may take.
         resting_bytes: how much memory frames of faces at rest may take, ready to be sent.
-        threads: that render; by default one a core.
+        threads: of the CPU that draw; by default one a core.
+        drawer: who draws instead. The animator closes it.
     """
 
     def __init__(
@@ -188,13 +190,14 @@ class Animator:
         plate_bytes: int = 1 << 30,
         resting_bytes: int = 1 << 28,
         threads: int | None = None,
+        drawer: Drawer | None = None,
     ) -> None:
         self._plates: ByteCache[UInt8] = ByteCache(lambda plate: plate.nbytes, plate_bytes)
         self._resting: ByteCache[bytes] = ByteCache(len, resting_bytes)
         self._avatars = AvatarCache(root, _Loaded.read, _Loaded.bytes_of, avatar_bytes, self._forget)
-        self._schedule = Schedule(threads or len(os.sched_getaffinity(0)), "render")
+        self._drawer = drawer or CpuDrawer(threads or len(os.sched_getaffinity(0)))
+        self._schedule = Schedule(self._drawer.threads, "render")
         self._loader = ThreadPoolExecutor(LOADING_THREADS, thread_name_prefix="load")
-        self._buffers = threading.local()  # each thread's frame to draw into
         self._numbers = itertools.count()  # of chunks
         self._waiting_bytes = 0
         self._frames: Counter[str] = Counter()
@@ -206,6 +209,7 @@ class Animator:
     def close(self) -> None:
         """Refuse what is not begun, finish what is, and end the threads."""
         self._schedule.close()
+        self._drawer.close()
         self._loader.shutdown()
 
     def render(self, chunks: Sequence[Chunk]) -> list[list[bytes] | Exception]:
@@ -385,15 +389,11 @@ class Animator:
 
     def _rendered(self, frame: _Frame) -> bytes:
         loaded, avatar, (width, height) = frame.loaded, frame.loaded.avatar, frame.size
-        image = self._buffer(width, height)
         behind = self._plate(loaded, frame.plate, width, height)
         motion = np.zeros(loaded.motion_shape, np.float32) if frame.motion is None else frame.motion
         shapes, weights = loaded.posed(motion, frame.lids)
-        camera = loaded.intrinsics(width, height)
-        splat.render_onto([splat.Job(shapes, weights, avatar.viewmats[frame.plate], camera, behind, image)], threads=1)
-        if frame.options.format == "raw":
-            return image.tobytes()
-        return bytes(simplejpeg.encode_jpeg(image, frame.options.quality, "RGB", "420", fastdct=True))
+        job = splat.Job(shapes, weights, avatar.viewmats[frame.plate], loaded.intrinsics(width, height), behind)
+        return self._drawer.picture(job, frame.options.quality if frame.options.format == "jpeg" else None)
 
     def _plate(self, loaded: _Loaded, index: int, width: int, height: int) -> UInt8:  # [height, width, 3] RGB
         return self._plates.get(loaded, (index, width, height), lambda: _decoded(loaded.avatar, index, width, height))
@@ -402,12 +402,6 @@ class Animator:
         _log.info("released", extra=Fields(avatar=loaded.avatar.id))
         self._plates.forget(loaded)
         self._resting.forget(loaded)
-
-    def _buffer(self, width: int, height: int) -> UInt8:
-        buffer: UInt8 | None = getattr(self._buffers, "image", None)
-        if buffer is None or buffer.shape[:2] != (height, width):
-            buffer = self._buffers.image = np.empty((height, width, 3), np.uint8)
-        return buffer
 
 
 def _milliseconds_since(moment: float) -> float:

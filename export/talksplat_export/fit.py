@@ -34,6 +34,7 @@ from talksplat import avatar as bundle
 from talksplat import clock, splat
 from talksplat.avatar import BLINK, PROFILES, WEIGHTS, AnyAvatar, Avatar, BundleError, Huma1Avatar
 from talksplat.bench._report import commit
+from talksplat.splat.cuda import DeviceError
 from talksplat_export import (
     audio_encoder,
     checks,
@@ -52,7 +53,6 @@ from talksplat_export.checks import Finding, Looks, Severity
 from talksplat_export.geometry import Float32
 from talksplat_export.quality import DRIVERS, Subject
 from talksplat_export.recording import MAX_SIZE, MIN_SIZE, Recording, RecordingError
-from talksplat_export.splat_torch import DeviceError
 from talksplat_export.steps import Steps
 from talksplat_export.track import Detections, Landmarker, Track, TrackError
 

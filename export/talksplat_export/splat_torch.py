@@ -17,14 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from talksplat import splat
+from talksplat.splat.cuda import DeviceError, rasterize
 
-NEAR = 0.01  # as the core has it; the others of its constants are fixed in gsplat's kernels: 1/255, 0.999, 1e-4
-LOW_PASS = 0.3  # px²
 SSIM_SIDE, SSIM_SIGMA = 11, 1.5  # pixels
-
-
-class DeviceError(RuntimeError):
-    """Tensors live where nothing can draw them; the message says what is missing."""
 
 
 class _Rasterization(torch.autograd.Function):
@@ -121,13 +116,6 @@ def _gsplat(
     backgrounds: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The same by gsplat: every frame is a scene of its own with one camera. Written, not run here on a GPU."""
-    try:
-        from gsplat import rasterization as draw
-    except ImportError as error:
-        raise DeviceError(
-            f"Drawing on {means.device} needs gsplat ({error}): pip install -c constraints.txt './export[gpu]', "
-            "or fit on the CPU with --device cpu."
-        ) from error
     given = [(means, 2), (quats, 2), (scales, 2), (opacities, 1), (colors, 2), (viewmats, 2), (intrinsics, 2)]
     given += [] if backgrounds is None else [(backgrounds, 1)]
     counts = {len(tensor) for tensor, dims in given if tensor.ndim > dims}
@@ -138,22 +126,11 @@ def _gsplat(
     def framed(tensor: Tensor, dims: int) -> Tensor:
         return tensor.expand(frames, *tensor.shape[-dims:])
 
-    *gaussians, views, cameras = (framed(tensor, dims) for tensor, dims in given[:7])
-    drawn, covered, _ = draw(
-        *gaussians,
-        views[:, None],
-        cameras[:, None],
-        width,
-        height,
-        near_plane=NEAR,
-        eps2d=LOW_PASS,
-        packed=False,
-        backgrounds=None if backgrounds is None else framed(backgrounds, 1)[:, None],
-        render_mode="RGB",
-        rasterize_mode="classic",
-    )
+    means, quats, scales, opacities, colors, viewmats, intrinsics = (framed(*each) for each in given[:7])
+    behind = None if backgrounds is None else framed(backgrounds, 1)
+    drawn, covered = rasterize(means, quats, scales, opacities, colors, viewmats, intrinsics, width, height, behind)
     lead = slice(None) if counts else 0
-    return drawn[:, 0][lead], covered[:, 0][lead]
+    return drawn[lead], covered[lead]
 
 
 class _Ssim(torch.autograd.Function):

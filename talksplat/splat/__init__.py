@@ -282,20 +282,27 @@ def render_onto(
     transmittance: the Gaussians lie over the plate. Where there are none the plate comes through unchanged. Jobs may
     mix avatars and sizes; all threads are kept busy until the last frame.
     """
-    outs, core_jobs = [], []
-    for job in jobs:
-        plate = _array("plate", job.plate, np.uint8, ("H", "W", 3))
-        _check_size(plate.shape[1], plate.shape[0])
-        plate = np.ascontiguousarray(plate)
-        out = np.empty_like(plate) if job.out is None else _array("out", job.out, np.uint8, plate.shape)
-        if not (out.flags.c_contiguous and out.flags.writeable):
-            raise ValueError("`out` must be a C-contiguous, writeable array.")
-        weights = _finite("weights", _floats("weights", job.weights, (job.avatar.rank,)))
-        viewmat, K = _camera("viewmat", job.viewmat, (4, 4)), _intrinsics("K", job.K, (3, 3))  # noqa: N806
-        core_jobs.append(_core.Job(job.avatar._core, weights, viewmat, K, plate, out))
-        outs.append(out)
+    jobs = [_checked(job) for job in jobs]
+    outs = [np.empty_like(job.plate) if job.out is None else job.out for job in jobs]
+    core_jobs = [
+        _core.Job(job.avatar._core, job.weights, job.viewmat, job.K, job.plate, out)
+        for job, out in zip(jobs, outs, strict=True)
+    ]
     _core.render_onto(core_jobs, _is_fast(mode), _isa(isa), _threads(threads))
     return outs
+
+
+def _checked(job: Job) -> Job:
+    """The job, if its arrays are as they should be; contiguous."""
+    plate = _array("plate", job.plate, np.uint8, ("H", "W", 3))
+    _check_size(plate.shape[1], plate.shape[0])
+    if job.out is not None:
+        out = _array("out", job.out, np.uint8, plate.shape)
+        if not (out.flags.c_contiguous and out.flags.writeable):
+            raise ValueError("`out` must be a C-contiguous, writeable array.")
+    weights = _finite("weights", _floats("weights", job.weights, (job.avatar.rank,)))
+    viewmat, K = _camera("viewmat", job.viewmat, (4, 4)), _intrinsics("K", job.K, (3, 3))  # noqa: N806
+    return Job(job.avatar, weights, viewmat, K, np.ascontiguousarray(plate), job.out)
 
 
 # ------------------------------------------------------------------------------------------------- similarity
@@ -384,9 +391,10 @@ class _Scene:
         views, intrinsics, behind = (
             c if c.ndim > dims else c[None] for c, dims in zip(cameras, (2, 2, 1), strict=True)
         )
+        self.cameras = views, intrinsics, behind
         self.count = 1 if frames is None else frames
         self.lead = () if frames is None else (frames,)
-        self.core = _core.Scene(*self.gaussians, views, intrinsics, behind, self.width, self.height)
+        self.core = _core.Scene(*self.gaussians, *self.cameras, self.width, self.height)
 
     def images(self) -> tuple[Floats, Floats]:
         size = (self.count, self.height, self.width)

@@ -18,6 +18,7 @@ import triton_python_backend_utils as pb_utils
 from talksplat import clock, log
 from talksplat.animator import CHUNK_SECONDS, Animator, Chunk, Options
 from talksplat.avatar import HUMA1_WEIGHTS, SPEECH_WIDTH, WINDOW_TOKENS, BundleError, Huma1Avatar
+from talksplat.drawing import Drawer, GatheringDrawer
 from talksplat.framing import RequestError
 from talksplat.log import SLOW_MS, Fields
 from talksplat.metrics import RESTARTS_VARIABLE, Page, Publisher
@@ -43,7 +44,8 @@ class TritonPythonModel:
         }
         log.configure()
         self.door = Door()
-        self.animator = Animator(Path(os.environ["TALKSPLAT_AVATARS"]), **budgets)
+        drawer = _drawer(settings["device"]["string_value"])
+        self.animator = Animator(Path(os.environ["TALKSPLAT_AVATARS"]), **budgets, drawer=drawer)
         self.metrics = Publisher(
             Page(pb_utils.MetricFamily), self.animator, int(os.environ.get(RESTARTS_VARIABLE, "0"))
         )
@@ -135,6 +137,20 @@ class TritonPythonModel:
         for model in ("avatar", "avatar_huma1"):
             _ask(model, [_name(avatar_id)], [], {**caller.forwarded, "operation": "unload"})
         return report
+
+
+def _drawer(device: str) -> Drawer | None:
+    """Who draws; None: the animator's own, on the CPU. Raises TritonModelException where the device can't be had."""
+    if device == "cpu":
+        return None
+    if device != "cuda":
+        raise pb_utils.TritonModelException(f"rasterizer: the parameter device is {device!r}, expected cpu or cuda.")
+    try:
+        from talksplat.splat.cuda import Renderer  # imports torch
+
+        return GatheringDrawer(Renderer().pictures)
+    except (ImportError, RuntimeError) as error:
+        raise pb_utils.TritonModelException(f"rasterizer: the device cuda can't be used: {error}") from error
 
 
 @dataclass
