@@ -54,7 +54,7 @@ def by_gsplats_reference(
     visible = sorted_(radii[:, 0].all(-1).float())
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     dx, dy = x.flatten() - centres[..., :1], y.flatten() - centres[..., 1:]  # [F, N, P]
-    a, b, c = conics.split(1, dim=-1)
+    a, b, c = (conics[..., index : index + 1] for index in range(3))
     alphas = (opacities * visible)[..., None] * torch.exp(-0.5 * (a * dx * dx + c * dy * dy) - b * dx * dy)
     alphas = torch.where(alphas < 1 / 255, 0, alphas.clamp_max(0.999))
     after = torch.cumprod(1 - alphas, dim=1)
