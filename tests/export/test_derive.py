@@ -59,9 +59,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file = models.path(graph.name, precision, source)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(f"{graph.name} in {precision}")
-    rasterizer = config(source, "rasterizer")
-    rasterizer.parameters["device"].string_value = "cpu"
-    (source / "rasterizer" / CONFIG).write_text(text_format.MessageToString(rasterizer))
     return source
 
 

@@ -15,11 +15,6 @@ from talksplat_export import experiment, models
 from talksplat_export.registry import PRECISIONS
 from talksplat_export.study import NETS, Study
 
-pytestmark = pytest.mark.skipif(
-    '"device"' not in (ROOT / "model_repository" / "rasterizer" / "config.pbtxt").read_text(),
-    reason="the rasterizer has no parameter device, which these studies set",
-)
-
 
 @pytest.fixture
 def fake_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
