@@ -80,9 +80,9 @@ soak: models $(VENV)/.dev  ## twenty minutes at 80 % of what `make bench` found 
 	$(BIN)/python -m loadtests.soak --json bench/soak.json
 
 # Their results are committed: figures of one machine, put there once all studies are done. Interrupted, it goes on.
-STUDIES := precision-threads-instances batching-delay frames
+STUDIES := precision-threads-instances batching-delay defaults frames
 .PHONY: studies
-studies: models $(VENV)/.dev  ## the three experiments of the CPU, twenty minutes; results go to export/experiments/results
+studies: models $(VENV)/.dev  ## the experiments of the CPU, half an hour; results go to export/experiments/results
 	$(BIN)/talksplat-export models --precision int8 fp16 --only audio_encoder vad deformation
 	for study in $(STUDIES); do $(BIN)/talksplat-export experiment export/experiments/$$study.toml; done
 	for study in $(STUDIES); do cp build/experiments/$$study.* export/experiments/results/; done

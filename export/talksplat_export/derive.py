@@ -275,6 +275,8 @@ def _changed(name: str, committed: Any, change: ModelChange, served: Mapping[str
         raise DeriveError(f"{name} has no parameter {', '.join(unknown)}: it has {', '.join(sorted(known)) or 'none'}.")
     for key, value in parameters.items():
         config.parameters[key].string_value = value
+    if parameters.get("networks") == "triton":
+        del config.model_warmup[:]  # it would ask models that may not be loaded yet
     return config
 
 

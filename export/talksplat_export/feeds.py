@@ -1,7 +1,7 @@
 """Batches of real speech for every graph: what precisions are calibrated on and what every check runs.
 
 They come out of a recording (`demo/speech.wav`, where none is given), the avatar ava and the fp32 graphs of a model
-repository, by NumPy and ONNX Runtime alone: the machine that builds plans has no torch.
+repository, by NumPy and ONNX Runtime alone.
 """
 
 from __future__ import annotations

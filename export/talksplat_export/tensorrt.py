@@ -267,21 +267,39 @@ def build_all(
     options: Options = Options(),
     repository: Path = feeds.REPOSITORY,
 ) -> list[Row]:
-    """`build` each; a graph that is not offered in ``precision`` in the next finer one. A failure is a row, too."""
+    """`build` each; in the next finer precision where it is not offered in ``precision``, or its plan is too far off.
+
+    A failure is a row, too.
+    """
     rows = []
     for number, graph in enumerate(graphs, 1):
-        offered = next(each for each in PRECISIONS[PRECISIONS.index(precision) :: -1] if each in graph.tolerances)
-        label = f"{graph.name} in {offered} ({number} of {len(graphs)})"
+        offered = [each for each in PRECISIONS[PRECISIONS.index(precision) :: -1] if each in graph.tolerances]
+        label = f"{graph.name} in {offered[0]} ({number} of {len(graphs)})"
         if not console.is_terminal:
             console.print(f"{label} ...")
         try:
             with console.status(label):
-                row = build(graph, offered, folder, device, options, repository)
+                row = _first_close_enough(graph, offered, folder, device, options, repository)
         except (RuntimeError, OSError) as error:  # PyTorch's, when memory is short, is a RuntimeError as well
-            row = {"graph": graph.name, "precision": offered, "state": "failed", "problem": str(error)}
+            row = {"graph": graph.name, "precision": offered[0], "state": "failed", "problem": str(error)}
         console.print(f"{graph.name}: {row.get('problem') or row['state']}", soft_wrap=True)
         rows.append(row)
     return rows
+
+
+def _first_close_enough(
+    graph: Graph, offered: Sequence[Precision], folder: Path, device: Device, options: Options, repository: Path
+) -> Row:
+    """In the first of these precisions whose plan is close enough; the row says what was wrong with those before."""
+    refused: list[str] = []
+    for precision in offered:
+        try:
+            row = build(graph, precision, folder, device, options, repository)
+        except PlanError as error:
+            refused.append(f"{precision}: {error}")
+        else:
+            return {**row, "refused": "; ".join(refused)} if refused else row
+    raise PlanError("; ".join(refused))
 
 
 def _provenance(graph: Graph, precision: Precision, source: Path, device: Device, options: Options) -> dict[str, Any]:

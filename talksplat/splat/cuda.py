@@ -10,6 +10,7 @@ encoder has neither its chroma subsampling nor CPU builds that carry it), else o
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
@@ -28,6 +29,8 @@ UNSEEN = -torch.inf  # an opacity's logit
 Picture: TypeAlias = bytes | Bytes  # JPEG, or [H, W, 3] RGB that the caller encodes or sends as it is
 Five: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # means, quats, scales, opacities, colors
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 class DeviceError(RuntimeError):
@@ -277,7 +280,6 @@ def _nvimgcodec(device: torch.device) -> Encode | None:
         from nvidia import nvimgcodec
     except ImportError:
         return None
-    encoder = nvimgcodec.Encoder(device_id=torch.cuda.current_device() if device.index is None else device.index)
 
     def encode(images: Sequence[Tensor], quality: int) -> list[bytes]:
         params = nvimgcodec.EncodeParams(
@@ -293,4 +295,10 @@ def _nvimgcodec(device: torch.device) -> Encode | None:
             raise DeviceError("nvImageCodec could not encode a frame.")
         return [bytes(each) for each in streams]
 
+    try:
+        encoder = nvimgcodec.Encoder(device_id=torch.cuda.current_device() if device.index is None else device.index)
+        encode([torch.zeros(16, 16, 3, dtype=torch.uint8, device=device)], 85)
+    except Exception as error:  # without nvJPEG, say
+        _log.warning("nvImageCodec can't be used, so the CPU makes the JPEGs: %s", error)
+        return None
     return encode

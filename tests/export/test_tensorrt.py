@@ -211,7 +211,7 @@ def test_one_that_fails_does_not_stop_the_others(
     command = ["tensorrt", "--plans", str(tmp_path), "--repository", str(device.repository), "--precision", "fp32"]
     assert cli.main([*command, "--only", "audio_encoder", "deformation"]) == 1
     said = capsys.readouterr().out
-    assert "audio_encoder: FEATURES differs from ONNX Runtime" in said
+    assert "audio_encoder: fp32: FEATURES differs from ONNX Runtime" in said
     assert "deformation: built" in said
     assert [path.parts[-3] for path in tmp_path.rglob("model.plan")] == ["deformation"]
     device.spoil.clear()
@@ -239,6 +239,20 @@ def test_where_a_precision_is_not_offered_the_next_finer_one_is_built(
     monkeypatch.setattr(tensorrt, "build", lambda _, precision, *__: {"state": precision})
     rows = tensorrt.build_all([registry.graph("vad"), DEFORMATION], "int8", tmp_path, device, QUIET)
     assert [row["state"] for row in rows] == ["int8", "fp16"]
+
+
+def test_where_a_plan_is_too_far_off_the_next_finer_precision_is_built(
+    device: OnnxRuntimeInsteadOfGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(graph: Any, precision: str, *_: object) -> dict[str, str]:
+        if precision in ("int8", "fp16") or graph is DEFORMATION:
+            raise tensorrt.PlanError("it differs")
+        return {"state": precision}
+
+    monkeypatch.setattr(tensorrt, "build", build)
+    rows = tensorrt.build_all([registry.graph("vad"), DEFORMATION], "int8", tmp_path, device, QUIET)
+    assert rows[0] == {"state": "fp32", "refused": "int8: it differs; fp16: it differs"}
+    assert (rows[1]["state"], rows[1]["problem"]) == ("failed", "fp16: it differs; fp32: it differs")
 
 
 def test_options_reach_tensorrt() -> None:

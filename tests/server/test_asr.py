@@ -188,7 +188,10 @@ def test_the_networks_can_run_as_tritons_own_models(tmp_path: Path) -> None:
             self.code = code
 
     class Request:
-        def __init__(self, model_name: str, inputs: list[Any], requested_output_names: list[str]) -> None:
+        def __init__(
+            self, model_name: str, inputs: list[Any], requested_output_names: list[str], preferred_memory: Any
+        ) -> None:
+            assert preferred_memory == ("CPU", 0)  # where plans leave their results otherwise, they can't be read
             asked.append(model_name)
             arrays = {tensor.name: tensor.array for tensor in inputs}
             if model_name == "vad":
@@ -215,6 +218,7 @@ def test_the_networks_can_run_as_tritons_own_models(tmp_path: Path) -> None:
 
     fake: Any = ModuleType("triton_python_backend_utils")
     fake.Tensor, fake.InferenceRequest = tensor, Request
+    fake.TRITONSERVER_MEMORY_CPU, fake.PreferredMemory = "CPU", lambda kind, place: (kind, place)
     fake.InferenceResponse = lambda outputs=None, error=None: error or outputs
     fake.TritonError, fake.MetricFamily = TritonError, mock.MagicMock()
     fake.get_input_tensor_by_name = lambda request, name: tensor(name, request[name])

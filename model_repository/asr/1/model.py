@@ -60,11 +60,14 @@ class TritonPythonModel:
 
 
 def _through_triton() -> asr.Networks:
-    """By requests to Triton's own models, whatever backend serves them."""
+    """By requests to Triton's own models, whatever backend serves them: the results of plans would stay on the GPU."""
+    on_cpu = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
 
     def run(model: str, outputs: list[str], **inputs: Any) -> list[Any]:
         tensors = [pb_utils.Tensor(name, array) for name, array in inputs.items()]
-        request = pb_utils.InferenceRequest(model_name=model, inputs=tensors, requested_output_names=outputs)
+        request = pb_utils.InferenceRequest(
+            model_name=model, inputs=tensors, requested_output_names=outputs, preferred_memory=on_cpu
+        )
         answer = request.exec()
         if answer.has_error():
             raise pb_utils.TritonModelException(f"{model} failed: {answer.error().message()}")

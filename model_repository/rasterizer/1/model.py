@@ -216,7 +216,11 @@ def _name(avatar_id: str) -> Any:
 def _ask(model: str, inputs: list[Any], outputs: list[str], parameters: Mapping[str, str]) -> list[Any]:
     """The outputs of another model; raises BundleError for an error, whose code does not come along."""
     request = pb_utils.InferenceRequest(
-        model_name=model, inputs=inputs, requested_output_names=outputs, parameters=dict(parameters)
+        model_name=model,
+        inputs=inputs,
+        requested_output_names=outputs,
+        parameters=dict(parameters),
+        preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
     )
     answer = request.exec()
     if answer.has_error():
