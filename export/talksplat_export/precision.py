@@ -140,10 +140,10 @@ def kept(model: onnx.ModelProto, weights: Sequence[str]) -> set[str]:
     found |= {node.name for node in model.graph.node if node.op_type == "Identity" and moved.issuperset(node.input)}
     leading = [name for node in model.graph.node if node.name in found for name in node.input]
     while leading:
-        node = makers.get(leading.pop())
-        if node is not None and node.name not in found and moved.issuperset(node.output):
-            found.add(node.name)
-            leading += node.input
+        maker = makers.get(leading.pop())
+        if maker is not None and maker.name not in found and moved.issuperset(maker.output):
+            found.add(maker.name)
+            leading += maker.input
     return found
 
 
