@@ -71,10 +71,10 @@ def quantise(
     used = {name for node in nodes for name in node.input}
     kept = [each for each in graph.initializer if each.name in used and each.name not in constants]
     kept += [numpy_helper.from_array(array, name) for name, array in constants.items()]
-    for field, content in (("node", nodes), ("initializer", kept)):
-        copies = onnx.GraphProto(**{field: content})  # what is in the graph goes with it
-        graph.ClearField(field)
-        graph.MergeFrom(copies)
+    changed = onnx.GraphProto(node=nodes, initializer=kept)  # copies: what is in the graph goes with it
+    graph.ClearField("node")
+    graph.ClearField("initializer")
+    graph.MergeFrom(changed)
     model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
     write(target, model.SerializeToString())
 
