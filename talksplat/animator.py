@@ -70,12 +70,14 @@ class Options:
     quality: int = 85  # of JPEG, 1 to 100
     size: int | None = None  # pixels a side, a multiple of 8 up to the avatar's own
     seed: int = 0  # of blinks and of the plate that frame 0 stands on
+    listening: int = 0  # how much the face listens at the chunk's end, 0 to 100,
+    listening_before: int = 0  # and at its start; linear between
     deadline_ms: int | None = None  # a chunk that is older when its turn comes is not rendered
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise RequestError(f"The parameter format is {self.format!r}, expected one of {', '.join(FORMATS)}.")
-        for name in ("quality", "size", "seed", "deadline_ms"):
+        for name in ("quality", "size", "seed", "listening", "listening_before", "deadline_ms"):
             value, optional = getattr(self, name), name in ("size", "deadline_ms")
             if (value is not None or not optional) and (not isinstance(value, int) or isinstance(value, bool)):
                 raise RequestError(f"The parameter {name} is {value!r}, expected a whole number.")
@@ -83,6 +85,9 @@ class Options:
             raise RequestError(f"The parameter quality is {self.quality}, expected 1 to 100.")
         if self.size is not None and (self.size <= 0 or self.size % 8):
             raise RequestError(f"The parameter size is {self.size}, expected a multiple of 8.")
+        for name in ("listening", "listening_before"):
+            if not 0 <= getattr(self, name) <= 100:
+                raise RequestError(f"The parameter {name} is {getattr(self, name)}, expected 0 to 100.")
         if self.deadline_ms is not None and self.deadline_ms < 1:
             raise RequestError(f"The parameter deadline_ms is {self.deadline_ms}, expected 1 or more.")
 

@@ -238,6 +238,15 @@ class AsyncStream(AsyncIterator[Frame]):
         """See `Stream.dropped`."""
         return self._core.dropped
 
+    @property
+    def listening(self) -> float:
+        """See `Stream.listening`."""
+        return self._core.listening
+
+    @listening.setter
+    def listening(self, share: float) -> None:
+        self._core.listen(share)
+
     async def cancel(self) -> None:
         """See `Stream.cancel`. Waits up to 0.1 s for a packet that is just being taken."""
         self._feeder.stop()

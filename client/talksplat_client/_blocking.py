@@ -313,6 +313,20 @@ class Stream(Iterator[Frame]):
         """Frames that are missing so far, because their chunks came too late for the deadline."""
         return self._core.dropped
 
+    @property
+    def listening(self) -> float:
+        """How much the face listens, 0 (not at all, the default) to 1: it looks at the viewer, nods, and blinks less.
+
+        May be set at any time, from any thread. Chunks that are requested from then on turn to it, by 0.5 a chunk at
+        most, so that nothing jumps; so does a stream that is resumed from `state`. Setting it raises
+        InvalidRequestError for what is not 0 to 1.
+        """
+        return self._core.listening
+
+    @listening.setter
+    def listening(self, share: float) -> None:
+        self._core.listen(share)
+
     def cancel(self) -> None:
         """End the stream now, from any thread: drop what is in flight, release whoever waits for a frame."""
         self._feeder.stop()

@@ -28,8 +28,13 @@ def animate(
     audio: Samples,  # [WINDOW]
     frame: int,  # index of the chunk's first
     state: StreamState,
+    listening: tuple[int, int] = (0, 0),
 ) -> Request:
-    """One chunk of a stream."""
+    """One chunk of a stream.
+
+    Args:
+        listening: how much the face does at the chunk's start and at its end, 0 to 100.
+    """
     return _infer(
         state.model,
         [
@@ -38,7 +43,7 @@ def animate(
             _integer("FRAME_INDEX", frame, [1, 1]),
         ],
         ["FRAMES", "SPEECH"],
-        _look(state),
+        _look(state) | _attention(listening),
         f"{state.id}-{frame}",
     )
 
@@ -46,10 +51,11 @@ def animate(
 def idle(
     frame: int,  # index of the chunk's first
     state: StreamState,
+    listening: tuple[int, int] = (0, 0),
 ) -> Request:
-    """One chunk of the face at rest."""
+    """One chunk of the face at rest; see `animate`."""
     inputs = [_strings("AVATAR", state.avatar, [1, 1]), _integer("FRAME_INDEX", frame, [1, 1])]
-    return _infer(RASTERIZER, inputs, ["FRAMES"], _look(state), f"{state.id}-{frame}")
+    return _infer(RASTERIZER, inputs, ["FRAMES"], _look(state) | _attention(listening), f"{state.id}-{frame}")
 
 
 def expire(
@@ -153,6 +159,12 @@ def _report(response: Response) -> dict[str, Any]:
 def _look(state: StreamState) -> dict[str, str | int]:
     look: dict[str, str | int] = {"format": state.format, "quality": state.quality, "seed": state.seed}
     return look if state.size is None else look | {"size": state.size}
+
+
+def _attention(listening: tuple[int, int]) -> dict[str, str | int]:
+    """Nothing for a face that does not listen: older servers do not know the parameters."""
+    before, after = listening
+    return {"listening_before": before, "listening": after} if before or after else {}
 
 
 _Tensor = tuple[Any, bytes]

@@ -19,8 +19,9 @@ from ._exceptions import InvalidRequestError, InvalidStateError
 Format = Literal["jpeg", "raw"]
 
 MAGIC = b"talksplat-stream"
-VERSION = 2  # 1 had neither deadline nor id
+VERSION = 3  # 1 had neither deadline nor id, 2 did not listen
 _HEAD = struct.Struct("<16sHI")  # magic, version, bytes of the JSON that follows; then the samples, then SHA-256
+_LISTENING = (("listening", 0, 1), ("listening_before", 0, 100), ("listening_after", 0, 100))  # least, most
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _DIGEST = hashlib.sha256().digest_size
 
@@ -51,6 +52,9 @@ class StreamState:
     model: str = "animate"  # of the server, that animates the avatar: `Preloaded.model`
     deadline: float | None = None  # seconds after which a chunk that is not being rendered is dropped; None: never
     id: str = field(default_factory=new_id)  # by which the edge counts streams; a resumed one keeps its place
+    listening: float = 0.0  # how much the face is to listen, 0 to 1; it gets there within two chunks
+    listening_before: int = 0  # how much it did at the start of the chunk that `frame` is in, percent
+    listening_after: int = 0  # and does at its end, if `frame` is not the chunk's first
     frame: int = 0  # the next one
     start: int = 0  # position of `samples` in the source
     samples: Samples = field(default_factory=lambda: np.zeros(0, np.float32), repr=False)  # [T] mono, `sample_rate`
@@ -60,7 +64,7 @@ class StreamState:
             raise InvalidRequestError("the avatar's id is empty")
         if self.format not in get_args(Format):
             raise InvalidRequestError(f"the format is {self.format!r}, expected one of {', '.join(get_args(Format))}")
-        for name, low, high in (("quality", 1, 100), ("seed", -(2**63), 2**63 - 1), ("size", 8, 4096)):
+        for name, low, high in (("quality", 1, 100), ("seed", -(2**63), 2**63 - 1), ("size", 8, 4096), *_LISTENING):
             value = getattr(self, name)
             if not (value is None and name == "size") and not low <= value <= high:
                 raise InvalidRequestError(f"{name} is {value!r}, expected {low} to {high}")

@@ -17,6 +17,7 @@ from ._state import StreamState
 from ._transport import Terms
 
 REST_SECONDS = 0.1  # a stream that ends waits so long for a packet that its source is about to give
+MOST_TURN = 50  # percent by which listening changes within a chunk, at most
 PAUSE_FRAMES = 8  # a cut goes through the middle of the quietest stretch of this length
 
 
@@ -46,6 +47,10 @@ class StreamCore:
         self._frames = math.inf  # of the whole stream, once that is known
         self._running = state.frame > 0
         self.dropped = 0  # frames
+        self.listening = state.listening
+        begun = state.frame % clock.chunk_frames > 0  # the chunk, so it has to end as it was drawn
+        self._turns = {self._chunk: (state.listening_before, state.listening_after)} if begun else {}  # by chunk
+        self._listened = state.listening_before  # percent, at the start of the next chunk to be requested
         self._track = Track(state.sample_rate, clock.sample_rate, clock.samples_per_frame, state.start)
         self._track.push(state.samples)
 
@@ -67,6 +72,14 @@ class StreamCore:
             self._track.finish()
             self._frames = math.ceil(self._track.end / self._clock.samples_per_frame)
 
+    def listen(self, share: float) -> None:
+        """Turn to listening so much, 0 to 1, with the chunks that are requested from now on.
+
+        Raises:
+            InvalidRequestError: it is not 0 to 1.
+        """
+        self.listening = replace(self._initial, listening=share).listening
+
     def next_request(self) -> tuple[int, protocol.Request] | None:
         """First frame and request of the next chunk whose window is complete."""
         with self._lock:
@@ -76,11 +89,13 @@ class StreamCore:
                 self._track.push(np.zeros(self._initial.sample_rate // self._clock.fps, np.float32))
             if first >= self._frames or end > self._track.ready:
                 return None
+            turn = self._turns.setdefault(self._chunk, self._turn())
+            self._listened = turn[1]
             self._chunk += 1
             window = self._track.read(begin, end)
             if not window.any():  # nothing to hear, nothing to compute
-                return first, protocol.idle(first, self._initial)
-            return first, protocol.animate(window, first, self._initial)
+                return first, protocol.idle(first, self._initial, turn)
+            return first, protocol.animate(window, first, self._initial, turn)
 
     def terms(
         self,
@@ -107,20 +122,40 @@ class StreamCore:
             end = int(min(first + self._clock.chunk_frames, self._frames))
             self.dropped += end - self._frame
             self._frame = end
-            self._track.forget(self._context())
+            self._forget()
 
     def shown(self, frame: Frame) -> None:
         """The consumer has this frame: a resumed stream begins after it."""
         with self._lock:
             self._frame = frame.index + 1
-            self._track.forget(self._context())
+            self._forget()
 
     def state(self) -> StreamState:
         """Where the stream is, with all audio that was taken and is still needed."""
         with self._lock:
             start, samples = self._track.tail(self._context())
-            state = replace(self._initial, frame=self._frame, start=start, samples=samples)
+            before, after = self._turns.get(self._frame // self._clock.chunk_frames, (self._listened,) * 2)
+            state = replace(
+                self._initial,
+                listening=self.listening,
+                listening_before=before,
+                listening_after=after,
+                frame=self._frame,
+                start=start,
+                samples=samples,
+            )
             return state.cut() if self._rests else state
+
+    def _turn(self) -> tuple[int, int]:
+        """How much the face listens at the next chunk's start and at its end, percent."""
+        step = round(100 * self.listening) - self._listened
+        return self._listened, self._listened + max(-MOST_TURN, min(step, MOST_TURN))
+
+    def _forget(self) -> None:
+        """What nobody needs any more who resumes here."""
+        self._track.forget(self._context())
+        current = self._frame // self._clock.chunk_frames
+        self._turns = {chunk: turn for chunk, turn in self._turns.items() if chunk >= current}
 
     def _context(self) -> int:
         return self._clock.window(self._frame // self._clock.chunk_frames)[0]

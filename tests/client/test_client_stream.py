@@ -200,7 +200,18 @@ def test_a_truncated_answer_is_a_server_error() -> None:
 
 
 SOME_STATE = replace(
-    NEW, seed=-3, size=256, format="raw", quality=70, deadline=0.5, frame=9, start=123, samples=noise(20_000)
+    NEW,
+    seed=-3,
+    size=256,
+    format="raw",
+    quality=70,
+    deadline=0.5,
+    listening=0.7,
+    listening_before=10,
+    listening_after=60,
+    frame=9,
+    start=123,
+    samples=noise(20_000),
 )
 
 
@@ -210,16 +221,31 @@ def test_a_state_survives_the_way_through_bytes() -> None:
     assert replace(copy, samples=NEW.samples).__dict__ == replace(SOME_STATE, samples=NEW.samples).__dict__
 
 
-def test_a_state_of_the_first_version_has_no_deadline_and_takes_a_new_place() -> None:
+def as_written_by(version: int, *lacking: str) -> StreamState:
+    """SOME_STATE after the way through the bytes of an earlier version."""
     body = SOME_STATE.to_bytes()[:-32]
     length = int.from_bytes(body[18:22], "little")
     values = json.loads(body[22 : 22 + length])
-    del values["deadline"], values["id"]
+    for name in lacking:
+        del values[name]
     header = json.dumps(values).encode()
-    body = body[:16] + struct.pack("<HI", 1, len(header)) + header + body[22 + length :]
-    old = StreamState.from_bytes(body + hashlib.sha256(body).digest())
+    body = body[:16] + struct.pack("<HI", version, len(header)) + header + body[22 + length :]
+    return StreamState.from_bytes(body + hashlib.sha256(body).digest())
+
+
+LISTENING = ("listening", "listening_before", "listening_after")
+
+
+def test_a_state_of_the_first_version_has_no_deadline_and_takes_a_new_place() -> None:
+    old = as_written_by(1, "deadline", "id", *LISTENING)
     assert (old.frame, old.seed, old.deadline) == (SOME_STATE.frame, SOME_STATE.seed, None)
     assert old.id != SOME_STATE.id
+
+
+def test_a_state_of_the_second_version_does_not_listen() -> None:
+    old = as_written_by(2, *LISTENING)
+    assert (old.frame, old.id, old.deadline) == (SOME_STATE.frame, SOME_STATE.id, SOME_STATE.deadline)
+    assert (old.listening, old.listening_before, old.listening_after) == (0, 0, 0)
 
 
 @settings(max_examples=50)
@@ -240,7 +266,7 @@ def test_damaged_state_is_refused(data: st.DataObject) -> None:
     [
         (b"", "no stream state"),
         (b"\x89PNG\r\n" * 30, "no stream state"),
-        (NEW.to_bytes()[:16] + b"\3" + NEW.to_bytes()[17:], "version 3.*update"),
+        (NEW.to_bytes()[:16] + b"\4" + NEW.to_bytes()[17:], "version 4.*update"),
         (NEW.to_bytes() + b"\0", "damaged"),
     ],
 )
@@ -265,6 +291,8 @@ def test_a_state_of_another_clock_is_refused() -> None:
         {"size": 100_000},
         {"seed": 2**63},
         {"sample_rate": 100},
+        {"listening": 1.5},
+        {"listening_before": -1},
         {"deadline": 0},
         {"deadline": float("nan")},
         {"deadline": 1e9},
