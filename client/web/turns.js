@@ -1,0 +1,78 @@
+/** When a turn begins and ends: what is said informs it, not silence alone. Decides as talksplat_client does. */
+
+/**
+ * From conversation.json: `speech` is the probability above which a frame is speech; `begin_seconds` of speech begin a
+ * turn; after `recognise_seconds` of silence what was said is recognised, as a guess; `finished_seconds` or
+ * `unfinished_seconds` of silence end a turn whose text does or does not sound finished, as the regular expression
+ * `unfinished` says.
+ * @typedef {{speech: number, begin_seconds: number, recognise_seconds: number, finished_seconds: number,
+ *   unfinished_seconds: number, unfinished: string}} EndOfSpeech
+ * @typedef {"begin" | "recognise" | "resume" | "end"} TurnEvent
+ */
+
+export class Turns {
+  #settings;
+  #unfinished;
+  #frames; // of so many seconds
+  #speech = 0; // frames of it in a row
+  #silence = 0; // frames of it since the last speech
+  inTurn = false; // somebody speaks, or may go on
+  /** @type {string | null} what was recognised since the last speech */
+  #text = null;
+
+  /**
+   * @param {EndOfSpeech} settings
+   * @param {number} fps
+   */
+  constructor(settings, fps) {
+    this.#settings = settings;
+    this.#unfinished = new RegExp(settings.unfinished, "i");
+    this.#frames = (/** @type {number} */ seconds) => Math.round(seconds * fps);
+  }
+
+  /**
+   * The next frame.
+   * @param {number} probability of speech
+   * @returns {TurnEvent | null} what it means; `resume`: what was recognised was not all
+   */
+  push(probability) {
+    const settings = this.#settings;
+    if (probability > settings.speech) {
+      const resumes = this.inTurn && this.#silence >= this.#frames(settings.recognise_seconds);
+      this.#speech++;
+      this.#silence = 0;
+      this.#text = null;
+      if (this.inTurn) return resumes ? "resume" : null;
+      this.inTurn = this.#speech >= this.#frames(settings.begin_seconds);
+      return this.inTurn ? "begin" : null;
+    }
+    this.#speech = 0;
+    if (!this.inTurn) return null;
+    this.#silence++;
+    if (this.#silence === this.#frames(settings.recognise_seconds)) return "recognise";
+    return this.#decide();
+  }
+
+  /**
+   * What was said up to the silence that lasts.
+   * @param {string} text
+   * @returns {TurnEvent | null}
+   */
+  recognised(text) {
+    if (!this.inTurn || !this.#silence) return null;
+    this.#text = text.trim();
+    return this.#decide();
+  }
+
+  /** @returns {"end" | null} */
+  #decide() {
+    if (this.#text === null) return null;
+    const { finished_seconds, unfinished_seconds } = this.#settings;
+    const seconds = this.#unfinished.test(this.#text) ? unfinished_seconds : finished_seconds;
+    if (this.#silence < this.#frames(seconds)) return null;
+    this.inTurn = false;
+    this.#text = null;
+    this.#silence = 0;
+    return "end";
+  }
+}
