@@ -31,6 +31,7 @@ from ._exceptions import (
 )
 from ._frame import AvatarInfo, Frame, Health, Preloaded, Utterance
 from ._media import Mp4Writer, Recording, microphone, read_audio
+from ._speaking import sentences
 from ._state import StreamState
 
 __all__ = [
@@ -68,4 +69,5 @@ __all__ = [
     "Utterance",
     "microphone",
     "read_audio",
+    "sentences",
 ]

@@ -17,6 +17,7 @@ from ._clock import Clock
 from ._config import DEFAULT_URL, Limits, Retry, Timeout, Tls
 from ._exceptions import ChunkExpiredError, TalksplatError
 from ._frame import AvatarInfo, Frame, Health, Preloaded, Utterance
+from ._speaking import Recital
 from ._state import Format, StreamState, new_id
 from ._stream import REST_SECONDS, StreamCore, UtteranceCutter
 from ._transport import AsyncCall, AsyncTransport, CallCancelledError, Replicas, Terms
@@ -138,6 +139,21 @@ class AsyncClient:
         cutter = UtteranceCutter(state.sample_rate, clock)
         return self._utterances(audio, cutter, state)
 
+    async def synthesize(self, text: str) -> AsyncIterator[Samples]:
+        """See `Client.synthesize`; ``async for piece in client.synthesize(text)``."""
+        await self.clock()  # the first contact: nobody waits for a server that was never there
+        recital = Recital(text)
+        call = self._say(recital)
+        try:
+            while call is not None:
+                piece, samples = protocol.speech(await call.result())
+                recital.came(piece, samples)
+                call = self._say(recital)
+                yield piece
+        finally:
+            if call is not None:
+                call.cancel()
+
     async def avatars(self) -> list[AvatarInfo]:
         """See `Client.avatars`."""
         return protocol.avatars(await self._operation("list"))
@@ -200,6 +216,10 @@ class AsyncClient:
         cutter.finish()
         for piece in iter(cutter.next_piece, None):
             yield piece
+
+    def _say(self, recital: Recital) -> AsyncCall | None:
+        piece = recital.next()
+        return piece and self._infer(protocol.synthesize(*piece, self._latest), self._timeout.utterance)
 
     def _infer(self, request: protocol.Request, timeout: float) -> AsyncCall:
         return self._transport.call("ModelInfer", request, Terms(timeout, self._latest))

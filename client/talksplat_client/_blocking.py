@@ -16,6 +16,7 @@ from ._clock import Clock
 from ._config import DEFAULT_URL, Limits, Retry, Timeout, Tls
 from ._exceptions import ChunkExpiredError, TalksplatError
 from ._frame import AvatarInfo, Frame, Health, Preloaded, Utterance
+from ._speaking import Recital
 from ._state import Format, StreamState, new_id
 from ._stream import REST_SECONDS, StreamCore, UtteranceCutter
 from ._transport import Call, CallCancelledError, Replicas, Terms, Transport
@@ -209,6 +210,29 @@ class Client:
         cutter = UtteranceCutter(state.sample_rate, clock)
         return self._utterances(audio, cutter, state)
 
+    def synthesize(self, text: str) -> Iterator[Samples]:
+        """Speech of a text, piece by piece, at the server's sample rate (``clock().sample_rate``), mono in [-1, 1].
+
+        The first piece is short, so that it comes soon; while one is played, the next is on its way. A text without a
+        word has none. The same text gives the same speech.
+
+        Raises:
+            InvalidRequestError: the server's voice can't say a sentence: the message says why, and what helps.
+            ServerUnavailableError, DeadlineExceededError, ServerError: while iterating, as the above.
+        """
+        self.clock()  # the first contact: nobody waits for a server that was never there
+        recital = Recital(text)
+        call = self._say(recital)
+        try:
+            while call is not None:
+                piece, samples = protocol.speech(call.result())
+                recital.came(piece, samples)
+                call = self._say(recital)
+                yield piece
+        finally:
+            if call is not None:
+                call.cancel()
+
     def avatars(self) -> list[AvatarInfo]:
         """The server's avatars, by id."""
         return protocol.avatars(self._operation("list"))
@@ -272,6 +296,10 @@ class Client:
             yield from iter(cutter.next_piece, None)
         cutter.finish()
         yield from iter(cutter.next_piece, None)
+
+    def _say(self, recital: Recital) -> Call | None:
+        piece = recital.next()
+        return piece and self._infer(protocol.synthesize(*piece, self._latest), self._timeout.utterance)
 
     def _infer(self, request: protocol.Request, timeout: float) -> Call:
         # an utterance takes the place of the latest stream, or of the one that is opened next

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 from tritonclient.grpc import service_pb2
 
 from ._audio import Samples
@@ -90,6 +91,16 @@ def transcribe(
     return _infer("transcribe", [_floats("AUDIO", audio)], ["TEXT"], {}, f"{stream}-{frame}")
 
 
+def synthesize(
+    sentence: str,
+    start: int,  # first sample wanted
+    stream: str,  # id
+) -> Request:
+    """A piece of a sentence's speech."""
+    inputs = [_strings("TEXT", sentence, [1]), _integer("START", start, [1])]
+    return _infer("tts", inputs, ["AUDIO", "SAMPLES"], {}, f"{stream}-tts-{start}")
+
+
 def operation(name: str, avatar: str, stream: str) -> Request:
     """An operation of the rasterizer: ``list``, ``preload`` or ``unload``."""
     tensor = _strings("AVATAR", avatar, [1, 1])
@@ -117,6 +128,14 @@ def frames(response: Response, first: int, state: StreamState) -> list[Frame]:
 def text(response: Response) -> str:
     """The transcript in a response."""
     return _string_of(response, "TEXT").decode()
+
+
+def speech(response: Response) -> tuple[Samples, int]:
+    """A piece [T] of a sentence's speech, and how many samples the sentence has."""
+    shape, data = _output(response, "SAMPLES", "INT64")
+    if len(data) != 8:
+        raise ServerError(f"the server's output SAMPLES has shape {list(shape)}, expected [1]")
+    return np.array(_floats_of(response, "AUDIO"), np.float32), int.from_bytes(data, "little", signed=True)
 
 
 def utterance(response: Response, first: int, count: int, state: StreamState) -> Utterance:
