@@ -37,14 +37,14 @@ class Moment:
 
     frame: Frame
     sound: npt.NDArray[np.int16] | None  # [T] mono, as long as the frame is shown; None at rest
-    anew: bool  # time is counted anew from here: speech begins, or the frame is late
+    due: float  # when to show it, on the event loop's clock
 
 
 class LiveStream(Generic[Mark]):
     """Moments without end, for one consumer; from `open`.
 
     A frame at rest comes when it is due, one of speech up to ``lead`` seconds before, so that the consumer can buffer
-    sound. Speech begins as soon as its first chunk can be drawn. It ends when `finish` was called, or when the next
+    sound. One that is late moves all that follow, so that sound is never skipped. Speech begins as soon as its first chunk can be drawn. It ends when `finish` was called, or when the next
     frame needs more sound and none has come for the time of a chunk.
 
     Attributes:
@@ -148,12 +148,15 @@ class LiveStream(Generic[Mark]):
     async def interrupt(self) -> list[Mark]:
         """Stop at once: whatever was said and is not out is dropped, at the server too.
 
+        The consumer drops what it has buffered, and gets the next frame at once.
+
         Returns:
             The marks that were dropped.
         """
         dropped = [mark for utterance in self._utterances for mark in utterance.drop()]
         speaking = any(utterance.begun for utterance in self._utterances)
         self._utterances.clear()
+        self._due = min(self._due, _now())
         self._news.set()
         if speaking and self._stream is not None:
             await self._stream.cancel()
@@ -246,10 +249,11 @@ class LiveStream(Generic[Mark]):
 
     def _moment(self, frame: Frame, sound: Samples | None, begins: bool) -> Moment:
         self._number = frame.index + 1
-        now = _now()
-        anew = begins or now > self._due + LATE_FRAMES / self.fps
-        self._due = (max(now, self._due) if anew else self._due) + 1 / self.fps
-        return Moment(frame, None if sound is None else _int16(sound), anew)
+        now, due = _now(), self._due
+        if begins or now > due + LATE_FRAMES / self.fps:
+            due = max(now, due)
+        self._due = due + 1 / self.fps
+        return Moment(frame, None if sound is None else _int16(sound), due)
 
     async def _wait(
         self,

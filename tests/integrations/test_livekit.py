@@ -1,0 +1,318 @@
+"""LiveKit's own runner, sources, synchroniser and session, with talksplat's real server; the room alone is a fake.
+
+LiveKit's server, without which there is no room, is a program in Go that no package carries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soxr
+from livekit import rtc
+from livekit.agents import Agent, AgentSession, ErrorEvent
+from livekit.agents.voice.avatar import AudioSegmentEnd, AvatarRunner, QueueAudioOutput
+from scripted_server import ScriptedServer
+from simulated_server import SimulatedServer, simulate
+
+from talksplat.server import Ports, Server
+from talksplat_client import AsyncClient, ServerUnavailableError, Timeout, UnknownAvatarError, read_audio
+from talksplat_client.livekit import SAMPLE_RATE, AvatarSession, VideoGenerator
+
+FRAME = 0.04
+SPEECH = Path(__file__).resolve().parents[2] / "demo" / "speech.wav"
+Sound = np.ndarray[Any, np.dtype[np.int16]]
+Times = np.ndarray[Any, np.dtype[np.float64]]
+
+
+class FakeRoom(rtc.EventEmitter[Any]):
+    """A room with nobody else in it: tracks are published to a viewer and a listener in this process."""
+
+    name = "fake"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.local_participant = FakeParticipant(self)
+        self.remote_participants: dict[str, Any] = {}
+
+    def isconnected(self) -> bool:
+        return True
+
+
+class FakeParticipant:
+    identity = "agent"
+    kind = rtc.ParticipantKind.PARTICIPANT_KIND_AGENT
+
+    def __init__(self, room: FakeRoom) -> None:
+        self._room = room
+        self.track_publications: dict[str, FakePublication] = {}
+        self.pictures: list[tuple[float, rtc.VideoFrame]] = []  # when, and what
+        self.sounds: list[tuple[float, Sound]] = []  # 10 ms each
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def publish_track(self, track: Any, options: rtc.TrackPublishOptions) -> FakePublication:
+        if track.kind == rtc.TrackKind.KIND_VIDEO:
+            assert options.source == rtc.TrackSource.SOURCE_CAMERA
+            self._tasks.append(asyncio.create_task(self._look(rtc.VideoStream.from_track(track=track))))
+        else:
+            assert options.source == rtc.TrackSource.SOURCE_MICROPHONE
+            stream = rtc.AudioStream.from_track(track=track, sample_rate=SAMPLE_RATE, num_channels=1)
+            self._tasks.append(asyncio.create_task(self._listen(stream)))
+        publication = self.track_publications[str(track.kind)] = FakePublication(track)
+        self._room.emit("local_track_published", publication, track)
+        return publication
+
+    def loud(self) -> list[float]:
+        """When there was something to hear."""
+        return [when for when, sound in self.sounds if np.abs(sound).max() > 300]
+
+    async def leave(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _look(self, stream: rtc.VideoStream) -> None:
+        try:
+            async for event in stream:
+                self.pictures.append((time.monotonic(), event.frame))
+        finally:
+            await stream.aclose()
+
+    async def _listen(self, stream: rtc.AudioStream) -> None:
+        try:
+            async for event in stream:
+                self.sounds.append((time.monotonic(), np.array(event.frame.data)))
+        finally:
+            await stream.aclose()
+
+
+class FakePublication:
+    def __init__(self, track: Any) -> None:
+        self.track, self.kind, self.sid = track, track.kind, str(track.kind)
+
+    async def wait_for_subscription(self) -> None:
+        pass
+
+
+def speech(seconds: float) -> Sound:
+    """Real speech at LiveKit's rate, from its first word on."""
+    recording = read_audio(SPEECH)
+    samples = np.concatenate(list(recording.packets))
+    resampled = soxr.resample(samples, recording.sample_rate, SAMPLE_RATE)
+    begin = int(np.flatnonzero(np.abs(resampled) > 0.05)[0])
+    return np.asarray(32767 * np.clip(resampled[begin : begin + round(seconds * SAMPLE_RATE)], -1, 1), np.int16)
+
+
+async def stream(sound: Sound) -> AsyncIterator[rtc.AudioFrame]:
+    for packet in packets(sound):
+        yield packet
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def packets(sound: Sound) -> list[rtc.AudioFrame]:  # of 20 ms
+    size = SAMPLE_RATE // 50
+    return [
+        rtc.AudioFrame(sound[begin : begin + size].tobytes(), SAMPLE_RATE, 1, sound[begin : begin + size].size)
+        for begin in range(0, sound.size, size)
+    ]
+
+
+def flashes(count: int) -> Sound:
+    """Sound that jumps between two levels, 0.2 s each."""
+    return np.repeat(np.tile([16_000, -16_000], count // 2), SAMPLE_RATE // 5).astype(np.int16)
+
+
+def jumps(levels: list[tuple[float, float]], least: float) -> Times:
+    """When what was seen or heard became another."""
+    return np.array([time for (_, before), (time, level) in itertools.pairwise(levels) if abs(level - before) > least])
+
+
+@asynccontextmanager
+async def no_leaks() -> AsyncIterator[None]:
+    threads, tasks = set(threading.enumerate()), asyncio.all_tasks()
+    yield
+    assert asyncio.all_tasks() <= tasks
+    left = [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon]
+    assert all("asyncio" in thread.name for thread in left)  # the event loop's own pool
+
+
+async def test_an_agent_speaks_through_its_face_is_interrupted_and_speaks_again(server: Server) -> None:
+    room = FakeRoom()
+    me = room.local_participant
+    async with no_leaks(), AsyncClient(server.grpc_url) as client:
+        session = AgentSession[None]()
+        face = AvatarSession(client, "red")
+        await face.start(session, room)  # type: ignore[arg-type]  # the fake
+        await face.wait_for_join(timeout=20)
+        assert face.avatar_identity == me.identity
+        assert session.output.audio is not None
+        await session.start(Agent(instructions=""))
+        events: list[tuple[float, Any]] = []
+        session.output.audio.on("playback_started", lambda event: events.append((time.monotonic(), event)))
+        session.output.audio.on("playback_finished", lambda event: events.append((time.monotonic(), event)))
+
+        await wait_until(lambda: len(me.pictures) >= 12)
+        assert not events
+        assert not me.loud()
+        first = session.say("hello", audio=stream(speech(1.5)))
+        await first
+        assert not first.interrupted
+        [(started, _), (finished, event)] = events
+        assert (event.playback_position, event.interrupted) == (pytest.approx(1.5, abs=FRAME), False)
+        assert started <= me.loud()[0] + 0.1
+        assert me.loud()[-1] <= finished + 0.1
+
+        events.clear()
+        resting = len(me.pictures)
+        second = session.say("hello", audio=stream(speech(10)))
+        await wait_until(lambda: len(events) == 1 and me.loud()[-1] > events[0][0] + 0.5)
+        interrupted = time.monotonic()
+        await session.interrupt()
+        await second
+        assert second.interrupted
+        [_, (_, event)] = events
+        assert event.interrupted
+        assert 0.4 < event.playback_position < 5
+        await asyncio.sleep(0.5)
+        assert me.loud()[-1] < interrupted + 0.2  # silence
+
+        before = len(me.loud())
+        await session.say("hello", audio=stream(speech(0.5)))
+        await asyncio.sleep(0.2)
+        assert len(me.loud()) > before
+        pictures = len(me.pictures)
+        await wait_until(lambda: len(me.pictures) > pictures + 3)  # it rests again
+        assert np.median(np.diff([when for when, _ in me.pictures[:resting]])) == pytest.approx(FRAME, abs=0.01)
+        assert {(picture.width, picture.height) for _, picture in me.pictures} == {(64, 64)}
+        await session.aclose()
+        await face.aclose()
+        await me.leave()
+
+
+async def test_what_is_seen_and_what_is_heard_stay_together_though_the_server_is_late() -> None:
+    room = FakeRoom()
+    me = room.local_participant
+    server = SimulatedServer()
+    async with no_leaks(), server.client() as client:
+        generator = await VideoGenerator.open(client, "ava")
+        voice = QueueAudioOutput(sample_rate=SAMPLE_RATE, wait_playback_start=True)
+        runner = AvatarRunner(
+            room,  # type: ignore[arg-type]  # the fake
+            audio_recv=voice,
+            video_gen=generator,
+            options=generator.options,
+        )
+        generator.av_sync = runner.av_sync
+        await runner.start()
+        for seconds in (0.03, 0.1, 0.2, 0.03):
+            server.seconds = seconds
+            heard, seen = len(me.sounds), len(me.pictures)
+            for packet in packets(flashes(6)):
+                await voice.capture_frame(packet)
+            voice.flush()
+            await voice.wait_for_playout()
+            await asyncio.sleep(0.2)
+            sounds = jumps([(when, float(np.median(sound))) for when, sound in me.sounds[heard:]], 20_000)
+            pictures = jumps([(when, float(picture.data[0])) for when, picture in me.pictures[seen:]], 60)
+            skews = np.abs(pictures[:, None] - sounds).min(axis=1)
+            assert pictures.size >= 5
+            assert np.median(skews) <= 0.045
+        await runner.aclose()
+        await generator.aclose()
+        await me.leave()
+
+
+def test_each_frame_comes_before_its_sound_and_a_segment_ends_after_its_last() -> None:
+    said = flashes(6)
+
+    async def work() -> list[Any]:
+        generator = await VideoGenerator.open(SimulatedServer().client(), "ava")
+        outputs: list[Any] = []
+
+        async def take() -> None:
+            outputs.extend([output async for output in generator])
+
+        taking = asyncio.create_task(take())
+        for _ in range(2):  # in a row
+            for packet in packets(said):
+                await generator.push_audio(packet)
+            await generator.push_audio(AudioSegmentEnd())
+        await asyncio.sleep(4)
+        await generator.aclose()
+        await taking
+        return outputs
+
+    outputs = simulate(work())
+    ends = [number for number, output in enumerate(outputs) if isinstance(output, AudioSegmentEnd)]
+    assert len(ends) == 2
+    for begin, end in itertools.pairwise([0, *ends]):
+        sounds = [number for number in range(begin, end) if isinstance(outputs[number], rtc.AudioFrame)]
+        assert all(isinstance(outputs[number - 1], rtc.VideoFrame) for number in sounds)
+        assert (np.concatenate([np.array(outputs[number].data) for number in sounds]) == said).all()
+        assert sounds[-1] == end - 1
+        assert np.diff(sounds).tolist() == [2] * (len(sounds) - 1)
+    pictures = [output for output in outputs if isinstance(output, rtc.VideoFrame)]
+    assert {picture.type for picture in pictures} == {rtc.VideoBufferType.RGB24}
+    assert isinstance(outputs[-1], rtc.VideoFrame)
+
+
+async def test_sound_in_stereo_and_at_another_rate_comes_out_as_announced() -> None:
+    server = SimulatedServer(0.001)
+    async with server.client() as client:
+        generator = await VideoGenerator.open(client, "ava")
+        stereo = np.full((48_000 // 5, 2), 5_000, np.int16)
+        await generator.push_audio(rtc.AudioFrame(stereo.tobytes(), 48_000, 2, len(stereo)))
+        await generator.push_audio(AudioSegmentEnd())
+        sounds: list[rtc.AudioFrame] = []
+        async for output in generator:
+            if isinstance(output, AudioSegmentEnd):
+                break
+            if isinstance(output, rtc.AudioFrame):
+                sounds.append(output)
+        await generator.aclose()
+    assert {(sound.sample_rate, sound.num_channels) for sound in sounds} == {(SAMPLE_RATE, 1)}
+    assert sum(sound.duration for sound in sounds) == pytest.approx(0.2)
+
+
+async def test_an_unknown_avatar_and_an_absent_server_are_told_at_the_start(server: Server) -> None:
+    session = AgentSession[None]()
+    async with AsyncClient(server.grpc_url) as client:
+        with pytest.raises(UnknownAvatarError):
+            await AvatarSession(client, "nobody").start(session, FakeRoom())  # type: ignore[arg-type]
+    async with AsyncClient(f"127.0.0.1:{Ports.free().grpc}", timeout=Timeout(connect=0.5)) as client:
+        with pytest.raises(ServerUnavailableError):
+            await AvatarSession(client, "red").start(session, FakeRoom())  # type: ignore[arg-type]
+    assert session.output.audio is None
+
+
+async def test_an_agent_whose_server_is_lost_is_told_and_waits_for_nothing() -> None:
+    room = FakeRoom()
+    with ScriptedServer() as server:
+        async with no_leaks(), AsyncClient(server.url, timeout=Timeout(recovery=0.3)) as client:
+            session = AgentSession[None]()
+            face = AvatarSession(client, "ava", size=8)
+            await face.start(session, room)  # type: ignore[arg-type]
+            await session.start(Agent(instructions=""))
+            errors: list[ErrorEvent] = []
+            session.on("error", errors.append)
+            server.stop()
+            await asyncio.wait_for(session.say("hello", audio=stream(speech(2))).wait_for_playout(), 20)
+            await wait_until(lambda: bool(errors))
+            assert isinstance(errors[0].error, ServerUnavailableError)
+            assert errors[0].source is face
+            await session.aclose()
+            await face.aclose()
+            await room.local_participant.leave()
