@@ -124,16 +124,16 @@ export class Stream {
     return this.#voice !== null;
   }
 
-  /** Fall silent at the next frame. */
+  /** Fall silent now; the lips follow as soon as they can. */
   hush() {
     const voice = this.#voice;
     if (!voice) return;
     this.#voice = null;
-    const frame = this.#soonest();
-    const position = frame * this.#clock.samplesPerFrame;
-    if (this.#tape.end > position) {
+    const spf = this.#clock.samplesPerFrame;
+    if (this.#tape.end > this.#soonest() * spf) {
+      const frame = this.#soonest(this.#latency);
       this.#screen.hush();
-      this.#tape.endAt(position);
+      this.#tape.endAt(Math.min(this.#tape.end, frame * spf));
       this.#revise(frame);
     }
     voice.settle();
