@@ -1,14 +1,14 @@
 """From an avatar's coefficients or offsets to its frames: what the model `rasterizer` does.
 
 A frame depends on its request alone: audio moves the face through coefficients (of the profile "huma2") or through
-offsets of every Gaussian ("huma1"), and blink and plate follow from the frame's index and a seed. So any server renders
-any chunk, and the same chunk gives the same bytes wherever and in whatever company it is rendered.
+offsets of every Gaussian ("huma1"), and what else it does follows from the frame's index, a seed and how much it
+listens (`talksplat.attention`). So any server renders any chunk, and the same chunk gives the same bytes wherever and
+in whatever company it is rendered.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import logging
 import math
@@ -29,6 +29,7 @@ import simplejpeg
 
 from talksplat import avatar as bundle
 from talksplat import clock, splat
+from talksplat.attention import LID_STEPS, STILL, Eyes, Head, Pose, find_eyes, sway
 from talksplat.avatar import AnyAvatar, Avatar, BundleError, Huma1Avatar
 from talksplat.cache import AvatarCache, ByteCache, CacheCounts
 from talksplat.drawing import CpuDrawer, Drawer
@@ -37,6 +38,7 @@ from talksplat.log import Fields
 from talksplat.schedule import BusyError, DeadlineError, Due, Schedule
 
 Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
 UInt8 = npt.NDArray[np.uint8]
 T = TypeVar("T")
 
@@ -44,10 +46,6 @@ _log = logging.getLogger(__name__)
 
 FORMATS = ("jpeg", "raw")
 SPEECH_EDGES = (0.1, 0.5)  # below the first the face rests, above the second it follows the voice in full
-
-BLINK_SLOT = 100  # frames (4 s) that hold one blink each, at a place that differs by
-BLINK_JITTER = 50  # frames: so two blinks are 2 to 6 s apart
-BLINK_SHAPE = (0.35, 0.9, 1.0, 0.8, 0.45, 0.15)  # of the lids, frame by frame: they shut faster than they open
 
 MAX_FRAME_INDEX = 2**53  # as far as every client's numbers are exact
 
@@ -91,6 +89,11 @@ class Options:
         if self.deadline_ms is not None and self.deadline_ms < 1:
             raise RequestError(f"The parameter deadline_ms is {self.deadline_ms}, expected 1 or more.")
 
+    def listening_at(self, number: int) -> float:
+        """How much the face listens, 0 to 1, at the end of a frame of the chunk."""
+        done = (number + 1) / clock.CHUNK_FRAMES
+        return (self.listening_before + done * (self.listening - self.listening_before)) / 100
+
     @classmethod
     def parse(cls, parameters: Mapping[str, Any]) -> Self:
         """From a request's parameters, which may hold others too."""
@@ -118,27 +121,6 @@ def gate(
     low, high = SPEECH_EDGES
     t = np.clip((speech - np.float32(low)) / np.float32(high - low), 0, 1)
     return t * t * (3 - 2 * t)
-
-
-def blink(frame_index: int, seed: int = 0) -> float:
-    """How far the lids are shut, 0 to 1: the weight of the basis `avatar.BLINK`."""
-    slot, place = divmod(frame_index, BLINK_SLOT)
-    since = place - _random(seed, slot) % (BLINK_JITTER + 1)
-    return BLINK_SHAPE[since] if 0 <= since < len(BLINK_SHAPE) else 0.0
-
-
-def plate_index(frame_index: int, seed: int, plates: int) -> int:
-    """Which recorded frame lies behind: forth and back, from a place that the seed chooses.
-
-    The first and the last stay for two frames, so that the head stops before it turns back.
-    """
-    place = (frame_index + _random(seed, -1)) % (2 * plates)
-    return min(place, 2 * plates - 1 - place)
-
-
-def _random(seed: int, number: int) -> int:
-    """A whole number that looks random and is the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{number}".encode(), digest_size=6).digest(), "little")
 
 
 @dataclass(frozen=True)
@@ -282,7 +264,7 @@ class Animator:
                     room = self._plates.max_bytes // (avatar.width * avatar.height * 3)
                     for index in range(min(room, len(avatar.plates))):
                         self._plate(loaded, index, *size)
-                self._picture(_Frame(loaded, None, 0.0, 0, size, Options()))
+                self._picture(_Frame(loaded, None, STILL, Pose(0, 0), size, Options()))
                 loaded.warm = True
         return {
             "avatar": avatar_id,
@@ -389,15 +371,16 @@ class Animator:
         """One frame, JPEG or raw RGB; one at rest as it was drawn the last time, if it is still there."""
         if frame.motion is not None:
             return self._rendered(frame)
-        key = (frame.plate, frame.lids, frame.size, frame.options.format, frame.options.quality)
+        key = (frame.pose, frame.size, frame.options.format, frame.options.quality)
         return self._resting.get(frame.loaded, key, lambda: self._rendered(frame))
 
     def _rendered(self, frame: _Frame) -> bytes:
-        loaded, avatar, (width, height) = frame.loaded, frame.loaded.avatar, frame.size
-        behind = self._plate(loaded, frame.plate, width, height)
+        loaded, (width, height) = frame.loaded, frame.size
+        behind = self._plate(loaded, frame.pose.plate, width, height)
         motion = np.zeros(loaded.motion_shape, np.float32) if frame.motion is None else frame.motion
-        shapes, weights = loaded.posed(motion, frame.lids)
-        job = splat.Job(shapes, weights, avatar.viewmats[frame.plate], loaded.intrinsics(width, height), behind)
+        shapes, weights = loaded.posed(motion, frame.pose)
+        viewmat = loaded.head.viewmat(frame.pose, frame.turn)
+        job = splat.Job(shapes, weights, viewmat, loaded.intrinsics(width, height), behind)
         return self._drawer.picture(job, frame.options.quality if frame.options.format == "jpeg" else None)
 
     def _plate(self, loaded: _Loaded, index: int, width: int, height: int) -> UInt8:  # [height, width, 3] RGB
@@ -485,8 +468,8 @@ class _Frame:
 
     loaded: _Loaded
     motion: Float32 | None  # [20] or [14, N], gated; None at rest
-    lids: float
-    plate: int
+    turn: Float64  # [3] of a head that speaks, see `Head.viewmat`
+    pose: Pose
     size: tuple[int, int]  # width, height
     options: Options
 
@@ -506,10 +489,33 @@ class _Loaded:
         return loaded
 
     @cached_property
+    def head(self) -> Head:
+        return Head(self.avatar.viewmats)
+
+    @cached_property
+    def eyes(self) -> Eyes | None:
+        rest = np.zeros(self.motion_shape, np.float32)
+        if isinstance(self.avatar, Huma1Avatar):
+            awake, asleep = ((posed(self.avatar, rest, lids), rest[0, :0]) for lids in (0.0, 1.0))
+        else:
+            assert isinstance(self.avatar, Avatar)
+            shapes = splat.Blendshapes(self.avatar.canonical, self.avatar.bases, self.avatar.basis_scales)
+            awake, asleep = ((shapes, np.append(rest, np.float32(lids))) for lids in (0, 1))
+        viewmat = self.avatar.viewmats[self.head.usual]
+        return find_eyes(awake, asleep, viewmat, self.avatar.K, self.avatar.width, self.avatar.height)
+
+    @cached_property
     def shapes(self) -> splat.Blendshapes:
-        """Of the profile "huma2"."""
+        """Of the profile "huma2": its bases and, where it has eyes, two more that move them."""
         assert isinstance(self.avatar, Avatar)
-        return splat.Blendshapes(self.avatar.canonical, self.avatar.bases, self.avatar.basis_scales)
+        bases, scales = self.avatar.bases, self.avatar.basis_scales
+        if self.eyes is not None:
+            looks = np.zeros((bundle.ATTRIBUTES, 2, self.avatar.gaussians), np.int8)
+            looks[:3] = self.eyes.shares
+            look_scales = np.zeros((bundle.ATTRIBUTES, 2), np.float32)
+            look_scales[:3] = self.eyes.scales()
+            bases, scales = np.concatenate([bases, looks], 1), np.concatenate([scales, look_scales], 1)
+        return splat.Blendshapes(self.avatar.canonical, bases, scales)
 
     @property
     def motion_name(self) -> str:
@@ -520,11 +526,16 @@ class _Loaded:
         """Of one frame's motion."""
         return self.avatar.canonical.shape if isinstance(self.avatar, Huma1Avatar) else (bundle.COEFFICIENTS,)
 
-    def posed(self, motion: Float32, lids: float) -> tuple[splat.Blendshapes, Float32]:
-        """What the rasterizer draws for a gated motion and lids that are so far shut."""
+    def posed(self, motion: Float32, pose: Pose) -> tuple[splat.Blendshapes, Float32]:
+        """What the rasterizer draws for a gated motion and a pose."""
+        lids = pose.lids / LID_STEPS
         if isinstance(self.avatar, Huma1Avatar):
+            if self.eyes is not None:
+                motion = motion.copy()
+                motion[:3] += (self.eyes.scales() @ np.array(pose.look, np.float32))[:, None] * self.eyes.shares
             return posed(self.avatar, motion, lids), np.zeros(0, np.float32)
-        return self.shapes, np.append(motion, np.float32(lids))
+        looks = () if self.eyes is None else pose.look
+        return self.shapes, np.array([*motion, lids, *looks], np.float32)
 
     def intrinsics(self, width: int, height: int) -> Float32:  # [3, 3]
         """Of the camera that sees the avatar at this size."""
@@ -534,7 +545,8 @@ class _Loaded:
     def bytes_of(self) -> int:
         avatar = self.avatar
         arrays = [array for array in vars(avatar).values() if isinstance(array, np.ndarray)]
-        return sum(array.nbytes for array in arrays) + sum(map(len, avatar.plates))
+        shapes = avatar.bases.nbytes if isinstance(avatar, Avatar) else 0  # about what `shapes` adds
+        return sum(array.nbytes for array in arrays) + sum(map(len, avatar.plates)) + shapes
 
 
 def posed(
@@ -584,19 +596,23 @@ def _frames(chunk: Chunk, loaded: _Loaded | Exception) -> list[_Frame]:
         raise loaded
     if not 0 <= chunk.frame_index <= MAX_FRAME_INDEX:
         raise RequestError(f"FRAME_INDEX is {chunk.frame_index}, expected 0 to {MAX_FRAME_INDEX}.")
-    options, plates = chunk.options, len(loaded.avatar.plates)
+    options, seed = chunk.options, chunk.options.seed
     size = _output_size(loaded.avatar, options.size)
-    indices = range(chunk.frame_index, chunk.frame_index + clock.CHUNK_FRAMES)
-    return [
-        _Frame(loaded, motion, blink(index, options.seed), plate_index(index, options.seed, plates), size, options)
-        for index, motion in zip(indices, _motions(chunk, loaded), strict=True)
-    ]
+    frames = []
+    for number, (motion, share) in enumerate(_motions(chunk, loaded)):
+        index = chunk.frame_index + number
+        pose = loaded.head.pose(index, seed, options.listening_at(number))
+        frames.append(_Frame(loaded, motion, share * sway(index, seed), pose, size, options))
+    return frames
 
 
-def _motions(chunk: Chunk, loaded: _Loaded) -> list[Float32 | None]:
-    """The gated motion of each frame, None at rest; raises RequestError for what no frame can be drawn from."""
+def _motions(chunk: Chunk, loaded: _Loaded) -> list[tuple[Float32 | None, float]]:
+    """The gated motion of each frame, None at rest, and how much of it counts.
+
+    Raises RequestError for what no frame can be drawn from.
+    """
     if chunk.motion is None or chunk.speech is None:
-        return [None] * clock.CHUNK_FRAMES
+        return [(None, 0.0)] * clock.CHUNK_FRAMES
     avatar = loaded.avatar
     if (chunk.motion.ndim == 3) != isinstance(avatar, Huma1Avatar):
         raise RequestError(
@@ -612,7 +628,7 @@ def _motions(chunk: Chunk, loaded: _Loaded) -> list[Float32 | None]:
         if not np.isfinite(array).all():
             raise RequestError(f"{name} holds NaN or infinity; so did the audio, or it was far beyond [-1, 1].")
     return [
-        np.asarray(motion * share, np.float32) if share else None
+        (np.asarray(motion * share, np.float32) if share else None, float(share))
         for motion, share in zip(chunk.motion, gate(chunk.speech), strict=True)
     ]
 

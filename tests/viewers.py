@@ -21,8 +21,9 @@ import pytest
 import simplejpeg
 from make_avatar import COLORS, make_avatar
 
-from talksplat import animator, clock
 from talksplat import avatar as bundle
+from talksplat import clock
+from talksplat.attention import plate_index
 from talksplat_client import Client, Timeout, Tls
 
 SIZE = 64  # pixels a side
@@ -175,7 +176,7 @@ class Viewers:
             doubled=sum(len(viewer.seen) - len({index for _, index, _, _ in viewer.seen}) for viewer in self._viewers),
             foreign=sum(avatar != viewer.avatar for viewer in self._viewers for _, _, avatar, _ in viewer.seen),
             misplaced=sum(
-                plate != animator.plate_index(index, viewer.seed, PLATES)
+                plate != plate_index(index, viewer.seed, PLATES)
                 for viewer in self._viewers
                 for _, index, _, plate in viewer.seen
             ),

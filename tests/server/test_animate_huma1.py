@@ -23,7 +23,8 @@ from tritonclient.utils import InferenceServerException
 from talksplat import avatar as bundle
 from talksplat import clock, framing, splat, triplanes
 from talksplat import server as server_module
-from talksplat.animator import Animator, Chunk, Options, blink, plate_index
+from talksplat.animator import Animator, Chunk, Options
+from talksplat.attention import blink, plate_index
 from talksplat.framing import RequestError
 from talksplat.server import ROOT, Ports, Server
 from talksplat_client import Client

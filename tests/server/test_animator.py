@@ -18,7 +18,8 @@ from make_avatar import make_avatar, write_avatar
 from talksplat import animator as animator_module
 from talksplat import avatar as bundle
 from talksplat import clock, splat
-from talksplat.animator import Animator, Chunk, Options, blink, gate, plate_index
+from talksplat.animator import Animator, Chunk, Options, gate
+from talksplat.attention import Head, Pose, blink, plate_index, sway
 from talksplat.avatar import BundleError, UnknownAvatarError
 from talksplat.framing import RequestError
 from talksplat.schedule import BusyError, DeadlineError
@@ -96,7 +97,8 @@ def test_a_frame_is_the_blended_avatar_over_its_plate(animator: Animator) -> Non
         weights = np.append(asked.motion[offset], np.float32(blink(30 + offset)))
         plate = plate_index(30 + offset, 0, len(avatar.plates))
         behind = simplejpeg.decode_jpeg(avatar.plates[plate], "RGB")
-        (expected,) = splat.render_onto([splat.Job(shapes, weights, avatar.viewmats[plate], avatar.K, behind)])
+        viewmat = Head(avatar.viewmats).viewmat(Pose(plate, 0), sway(30 + offset, 0))
+        (expected,) = splat.render_onto([splat.Job(shapes, weights, viewmat, avatar.K, behind)])
         assert frame == expected.tobytes()
 
 
