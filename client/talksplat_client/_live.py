@@ -44,8 +44,9 @@ class LiveStream(Generic[Mark]):
     """Moments without end, for one consumer; from `open`.
 
     A frame at rest comes when it is due, one of speech up to ``lead`` seconds before, so that the consumer can buffer
-    sound. One that is late moves all that follow, so that sound is never skipped. Speech begins as soon as its first chunk can be drawn. It ends when `finish` was called, or when the next
-    frame needs more sound and none has come for the time of a chunk.
+    sound. One that is late moves all that follow, so that no sound is skipped. Speech begins as soon as its first chunk
+    can be drawn. It ends when `finish` was called, or when the next frame needs more sound and none has come for the
+    time of a chunk.
 
     Attributes:
         fps: frames a second.
