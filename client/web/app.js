@@ -12,6 +12,7 @@ import { pause, TalksplatError, Triton } from "./triton.js";
 
 const AGAIN_SECONDS = 2; // until a server that was never there is asked again
 const READING_SECONDS = 12; // that a message is shown
+const SUBTITLE_SECONDS = 5; // after the last word
 const METER_MS = 500; // between two looks
 const SLOW_MS = 500; // a full bar
 
@@ -159,9 +160,18 @@ function report(error) {
   complain(error instanceof TalksplatError && error.kind === "overloaded" ? `The server is full. ${message}` : message);
 }
 
+let fading = 0;
+
 /** @param {typeof state} next */
 function become(next) {
   state = next;
+  clearTimeout(fading);
+  const seconds = { listening: 0, idle: SUBTITLE_SECONDS }[/** @type {string} */ (next)];
+  if (seconds !== undefined) {
+    fading = setTimeout(() => {
+      subtitle.textContent = "";
+    }, 1e3 * seconds);
+  }
   show();
 }
 
@@ -201,7 +211,7 @@ function caption(who, words, final) {
   speaker.textContent = who === "you" ? "You: " : `${picker.value}: `;
   item.append(speaker, words);
   captions.append(item);
-  item.scrollIntoView({ block: "nearest" });
+  captions.scrollTop = captions.scrollHeight;
 }
 
 // ── the server and its avatars ──────────────────────────────────────────────────────────────────────────────────────

@@ -131,15 +131,19 @@ export class Conversation {
 
   /** Silence the avatar. */
   interrupt() {
+    this.#silence();
+    if (this.#state === "speaking" || this.#state === "thinking") this.#become("idle");
+  }
+
+  #silence() {
     this.#saying?.abort();
     this.#saying = null;
     this.#stream.hush();
-    if (this.#state === "speaking" || this.#state === "thinking") this.#become("idle");
   }
 
   /** What takes the place of what the avatar says. */
   #begin() {
-    this.interrupt();
+    this.#silence();
     this.#saying = new AbortController();
     this.#become("thinking");
     return this.#saying;
@@ -175,9 +179,8 @@ export class Conversation {
     if (event === "begin") {
       const began = position - Math.round(this.#settings.begin_seconds * this.#clock.sampleRate);
       this.#turnBegin = began - Math.round(RUN_IN_SECONDS * this.#clock.sampleRate);
-      this.#stages = {};
       if (this.#state === "speaking" || this.#state === "thinking") {
-        this.interrupt();
+        this.#silence();
         this.#measure({ interruption: performance.now() - this.#heard(began) });
       }
       this.#stream.listening = 1;
