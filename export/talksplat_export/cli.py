@@ -7,7 +7,10 @@ import importlib
 import sys
 
 # modules of this package
-COMMANDS = ("models", "fit", "quality", "compare", "robustness", "pretrain", "aot", "tensorrt", "derive", "experiment")
+COMMANDS = (
+    *("models", "fit", "quality", "compare", "robustness", "pretrain"),
+    *("aot", "tensorrt", "derive", "experiment", "replies"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:

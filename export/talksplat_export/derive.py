@@ -119,7 +119,7 @@ def named(target: str) -> dict[str, ModelChange]:
         return {name: ModelChange(precision="int8", kind="cpu") for name in quantised}
     platform: Platform = "tensorrt_plan" if target == "tensorrt" else "onnxruntime_tensorrt"
     changes = {graph.name: ModelChange(platform=platform) for graph in registry.GRAPHS}
-    changes["asr"] = ModelChange(parameters={"networks": "triton"})
+    changes["asr"] = changes["tts"] = ModelChange(parameters={"networks": "triton"})
     changes["rasterizer"] = ModelChange(parameters={"device": "cuda"})
     return changes
 

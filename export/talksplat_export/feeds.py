@@ -7,6 +7,7 @@ repository, by NumPy and ONNX Runtime alone.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import wave
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from talksplat import avatar, clock, framing
+from talksplat import avatar, clock, framing, speaking
 from talksplat.asr import BOS
 from talksplat.server import ROOT
 
@@ -32,6 +33,8 @@ WINDOW_BATCHES = (1, 4, 13)  # windows a batch, in turns
 CLIPS = ((1, 0.25), (1, 1.0), (2, 1.6), (1, 4.0), (3, 0.92))  # clips of one length a batch, and their seconds
 DECODED = 3  # of these clips are decoded
 STEPS = (0, 1, 2, 4, 7, 12)  # of the decoder, that become feeds
+SENTENCES = (1, 2, 1)  # a batch, in turns
+PIECES = (26, 1, 60, 40)  # frames of speech a batch, in turns
 GAUSSIANS = (1, 300, 5_000)  # of a Huma 1, in turns
 
 
@@ -88,6 +91,9 @@ def feeds(
         "deformation_huma1": _heard,
         "asr_encoder": _clips,
         "asr_decoder": _steps,
+        "tts_encoder": _phonemes,
+        "tts_flow": _drawn,
+        "tts_decoder": _spoken,
     }[name](audio, repository)
     names = [tensor.name for tensor in graph.inputs]
     return [{name: np.array(feed[name]) for name in names} for feed in made]  # copies: torch wants to be able to write
@@ -170,6 +176,37 @@ def _steps(audio: npt.NDArray[np.float32], repository: Path) -> Iterator[Feed]:
                 yield feed
             logits, past = decoder.run(None, feed)
             token = logits.argmax(axis=-1, keepdims=True)
+
+
+def _phonemes(_: npt.NDArray[np.float32], repository: Path) -> Iterator[Feed]:
+    """Of the prepared replies, in batches of one length."""
+    symbols, replies = (
+        json.loads((REPOSITORY / "tts" / "1" / name).read_text(encoding="utf-8"))
+        for name in ("symbols.json", "replies.json")
+    )
+    draw = np.random.default_rng(0)
+    for number, ipa in enumerate(replies.values()):
+        tokens = np.array([speaking.tokens(ipa, symbols)])
+        tokens = np.repeat(tokens, SENTENCES[number % len(SENTENCES)], axis=0)
+        yield {"TOKENS": tokens, "NOISE": draw.standard_normal((len(tokens), 2, tokens.shape[1]), np.float32)}
+
+
+def _drawn(audio: npt.NDArray[np.float32], repository: Path) -> Iterator[Feed]:
+    encoder, draw = _served(repository, "tts_encoder"), np.random.default_rng(0)
+    for feed in _phonemes(audio, repository):
+        means, deviations, durations = encoder.run(["MEANS", "DEVIATIONS", "DURATIONS"], feed)
+        frames = np.ceil(durations[0]).astype(int)
+        means, deviations = (np.repeat(each, frames, axis=2) for each in (means, deviations))
+        yield {"PRIOR": means + deviations * draw.standard_normal(means.shape, np.float32)}
+
+
+def _spoken(audio: npt.NDArray[np.float32], repository: Path) -> Iterator[Feed]:
+    """The beginnings of sentences, silence before them."""
+    flow = _served(repository, "tts_flow")
+    for number, feed in enumerate(_drawn(audio, repository)):
+        (latent,) = flow.run(["LATENT"], feed)
+        latent = np.pad(latent, ((0, 0), (0, 0), (speaking.CONTEXT, 0)))
+        yield {"LATENT": latent[..., : PIECES[number % len(PIECES)] + 2 * speaking.CONTEXT]}
 
 
 def _served(repository: Path, name: str) -> ort.InferenceSession:

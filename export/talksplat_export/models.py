@@ -114,12 +114,18 @@ def models(asr: str = "base", asr_weights: Path | None = None) -> list[Model]:
     weights, triplanes = _HERE / "weights" / "audio_encoder.safetensors", _RUNTIME / "triplanes.py"
     audio_encoder = Model("audio_encoder", "audio_encoder", [_HERE / "audio_encoder.py", weights])
     asr_encoder = Model("asr_encoder", "moonshine", moonshine, options)
+    voice = [_HERE / "voice.py"]
+    tts_encoder = Model("tts_encoder", "voice", voice)
+    tts_flow = Model("tts_flow", "voice", voice, fed_by=[tts_encoder])
     return [
         Model("vad", "vad", [_HERE / "vad.py"]),
         audio_encoder,
         Model("deformation", "deformation", [_HERE / "deformation.py", avatar], fed_by=[audio_encoder]),
         asr_encoder,
         Model("asr_decoder", "moonshine", moonshine, options, [asr_encoder], beside=in_process),
+        tts_encoder,
+        tts_flow,
+        Model("tts_decoder", "voice", voice, fed_by=[tts_encoder, tts_flow]),
         Model("deformation_huma1", "huma1", [_HERE / "huma1.py", avatar, triplanes], fed_by=[asr_encoder]),
     ]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 from talksplat import avatar as bundle
-from talksplat import clock, framing
+from talksplat import clock, framing, speaking
 from talksplat.asr import MIN_SAMPLES, SPARE_TOKENS, TOKENS_PER_SECOND
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
@@ -93,6 +93,10 @@ _FEW = Range(1, 1, 4)  # of Huma 1, whose chunks are large
 _SAMPLES = Range(MIN_SAMPLES, 5 * clock.SAMPLE_RATE, framing.MAX_SAMPLES)
 _FRAMES = Range(*(_clip_frames(size) for size in (_SAMPLES.least, _SAMPLES.usual, _SAMPLES.most)))
 
+_PHONEMES = Range(5, 100, speaking.MAX_TOKENS)
+_VOICED = Range(5, 200, speaking.MAX_FRAMES)
+_PIECE = Range(2 * speaking.CONTEXT + 1, 60, 250)
+
 _EXACT = Tolerance(difference=1e-4)
 _HALF = Tolerance(difference=5e-3)
 _QUANTISED = Tolerance(correlation=0.99)
@@ -160,5 +164,30 @@ GRAPHS: tuple[Graph, ...] = (
         (Tensor("LOGITS", (32_768,)), Tensor("PRESENT_KV", (*_CACHE, "present", _CHANNELS))),
         {BATCH: _CLIPS, "frames": _FRAMES, "past": Range(0, 20, _MOST_TOKENS)},
         {"fp32": _EXACT, "fp16": _HALF, "int8": _QUANTISED},
+    ),
+    Graph(
+        "tts_encoder",
+        (Tensor("TOKENS", ("tokens",), "int64"), Tensor("NOISE", (2, "tokens"))),
+        (
+            Tensor("MEANS", (speaking.CHANNELS, "tokens")),
+            Tensor("DEVIATIONS", (speaking.CHANNELS, "tokens")),
+            Tensor("DURATIONS", ("tokens",)),
+        ),
+        {BATCH: _FEW, "tokens": _PHONEMES},
+        {"fp32": _EXACT, "fp16": _HALF},
+    ),
+    Graph(
+        "tts_flow",
+        (Tensor("PRIOR", (speaking.CHANNELS, "frames")),),
+        (Tensor("LATENT", (speaking.CHANNELS, "frames")),),
+        {BATCH: _FEW, "frames": _VOICED},
+        {"fp32": _EXACT, "fp16": _HALF},
+    ),
+    Graph(
+        "tts_decoder",
+        (Tensor("LATENT", (speaking.CHANNELS, "frames")),),
+        (Tensor("AUDIO", ("samples",)),),
+        {BATCH: _FEW, "frames": _PIECE},
+        {"fp32": _EXACT, "fp16": _HALF},
     ),
 )

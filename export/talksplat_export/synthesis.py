@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ import onnxruntime
 import soundfile
 import soxr
 
+from talksplat import phonemiser
 from talksplat.clock import SAMPLE_RATE
 
 from . import phonemes, texts
@@ -93,48 +93,23 @@ class Voice:
         return self.name.split("+")[-1] in _HELD_OUT
 
 
-class Espeak:
-    """espeak-ng in a process of its own (GPL-3); a context manager.
+class Espeak(phonemiser.Espeak):
+    """espeak-ng (GPL-3, in a process of its own) with its own voices; a context manager."""
 
-    Raises:
-        SynthesisError: the wheel espeakng-loader is not installed, or espeak-ng refuses a voice.
-    """
+    def ask(self, **request: Any) -> tuple[dict[str, Any], bytes]:
+        """See `phonemiser.Espeak.ask`.
 
-    def __init__(self) -> None:
-        if importlib.util.find_spec("espeakng_loader") is None:
-            raise SynthesisError("espeak-ng is missing: pip install espeakng-loader")
-        script = Path(__file__).with_name("_espeak.py")
-        self._process = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def __enter__(self) -> Espeak:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.communicate()
-
-    def _ask(self, **request: Any) -> tuple[dict[str, Any], bytes]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise SynthesisError(f"espeak-ng died on {request}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise SynthesisError(f"espeak-ng: {answer['error']}")
-        return answer, self._process.stdout.read(2 * answer.get("samples", 0))
-
-    def ipa(self, text: str, voice: str = "en-us") -> list[str]:
-        """The IPA of each sentence of ``text``, punctuation kept: what Piper voices are trained on."""
-        sentences: list[str] = self._ask(voice=voice, text=text)[0]["sentences"]
-        return sentences
+        Raises:
+            SynthesisError: the wheel espeakng-loader is not installed, or espeak-ng fails or refuses a voice.
+        """
+        try:
+            return super().ask(**request)
+        except phonemiser.PhonemiserError as error:
+            raise SynthesisError(str(error)) from error
 
     def say(self, text: str, voice: str, words_per_minute: int = 160, pitch: int = 50) -> Utterance:
         """Speak ``text``; ``voice`` as in ``en-us`` or ``en-us+f3``."""
-        answer, raw = self._ask(voice=voice, text=text, rate=words_per_minute, pitch=pitch)
+        answer, raw = self.ask(voice=voice, text=text, rate=words_per_minute, pitch=pitch)
         audio = np.frombuffer(raw, "<i2").astype(np.float32) / 32768
         starts = [start for start, _ in answer["phonemes"]]
         ends = [*starts[1:], len(audio) / answer["sample_rate"]]

@@ -109,6 +109,10 @@ SOUND: dict[str, dict[str, tuple[str, list[int]]]] = {
         "SPEECH": ("FP32", [1, 4]),
         "FRAME_INDEX": ("INT64", [1, 1]),
     },
+    "tts": {"TEXT": ("BYTES", [1]), "START": ("INT64", [1])},
+    "tts_encoder": {"TOKENS": ("INT64", [1, 30]), "NOISE": ("FP32", [1, 2, 30])},
+    "tts_flow": {"PRIOR": ("FP32", [1, 192, 40])},
+    "tts_decoder": {"LATENT": ("FP32", [1, 192, 40])},
     "vad": {"AUDIO": ("FP32", [1, clock.WINDOW])},
 }
 SOUND["animate_huma1"], SOUND["avatar_huma1"], SOUND["transcribe"] = SOUND["animate"], SOUND["avatar"], SOUND["asr"]

@@ -47,6 +47,7 @@ def test_every_model_of_the_design_is_there() -> None:
             "asr_encoder",
             "asr_decoder",
         ),
+        *("tts", "tts_encoder", "tts_flow", "tts_decoder"),
         *("animate", "transcribe", "speech_to_animation"),
         *("animate_huma1", "avatar_huma1", "deformation_huma1"),
     }
@@ -62,7 +63,7 @@ def test_a_config_follows_the_house_rules(name: str) -> None:
     assert not model.model_transaction_policy.decoupled
     if model.max_batch_size and model.platform != "ensemble":
         assert model.HasField("dynamic_batching")
-        whole_utterances = not name.startswith("asr_") and not name.endswith("_huma1")
+        whole_utterances = not name.startswith(("asr_", "tts_")) and not name.endswith("_huma1")
         assert not whole_utterances or model.max_batch_size * clock.CHUNK_SAMPLES >= framing.MAX_SAMPLES
 
 

@@ -1,0 +1,101 @@
+"""Text -> audio; the work is done in `talksplat.speaking`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from talksplat import speaking
+from talksplat.framing import RequestError
+from talksplat.log import Fields
+from talksplat.phonemiser import Espeak
+from talksplat.triton import Failures, array, response
+
+_log = logging.getLogger("tts")
+
+
+class TritonPythonModel:
+    """See config.pbtxt."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the networks, or leave them to Triton.
+
+        Raises:
+            TritonModelException: the parameter `networks` says neither.
+        """
+        self.failures = Failures("tts")
+        self.espeak = Espeak()
+        parameters = {
+            name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()
+        }
+        folder = Path(args["model_repository"])
+        if parameters["networks"] == "in_process":
+            networks = speaking.in_process(folder.parent, int(parameters["intra_op_thread_count"]))
+        elif parameters["networks"] == "triton":
+            networks = _through_triton()
+        else:
+            raise pb_utils.TritonModelException("tts: the parameter networks is neither in_process nor triton.")
+        files = folder / args["model_version"]
+        symbols, replies = (
+            json.loads((files / name).read_text(encoding="utf-8")) for name in ("symbols.json", "replies.json")
+        )
+        self.speak = speaking.Speaker(networks, symbols, replies, lambda text: " ".join(self.espeak.ipa(text)))
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request, one after the other."""
+        return [self._respond(request) for request in requests]
+
+    def finalize(self) -> None:
+        """End the phonemiser."""
+        self.espeak.close()
+
+    def _respond(self, request: Any) -> Any:
+        began = time.monotonic()
+        try:
+            piece = self.speak(_text(array(request, "TEXT")[0]), int(array(request, "START")[0]))
+        except Exception as error:
+            return self.failures.answer(request, error)
+        # that it was done, but never what was said
+        told = Fields(request_id=request.request_id(), milliseconds=1e3 * (time.monotonic() - began))
+        _log.debug("spoken", extra=told)
+        return response(AUDIO=piece.audio, SAMPLES=np.array([piece.samples]))
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise RequestError("TEXT is no UTF-8.") from None
+
+
+def _through_triton() -> speaking.Networks:
+    """By requests to Triton's own models, whatever backend serves them: the results of plans would stay on the GPU."""
+    on_cpu = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
+
+    def run(model: str, outputs: list[str], **inputs: Any) -> list[Any]:
+        tensors = [pb_utils.Tensor(name, array) for name, array in inputs.items()]
+        request = pb_utils.InferenceRequest(
+            model_name=model, inputs=tensors, requested_output_names=outputs, preferred_memory=on_cpu
+        )
+        answer = request.exec()
+        if answer.has_error():
+            raise pb_utils.TritonModelException(f"{model} failed: {answer.error().message()}")
+        return [pb_utils.get_output_tensor_by_name(answer, name).as_numpy() for name in outputs]
+
+    def encode(tokens: Any, noise: Any) -> tuple[Any, Any, Any]:
+        outputs = ["MEANS", "DEVIATIONS", "DURATIONS"]
+        means, deviations, durations = run("tts_encoder", outputs, TOKENS=tokens, NOISE=noise)
+        return means, deviations, durations
+
+    return speaking.Networks(
+        encode,
+        flow=lambda prior: run("tts_flow", ["LATENT"], PRIOR=prior)[0],
+        decoder=lambda latent: run("tts_decoder", ["AUDIO"], LATENT=latent)[0],
+    )
