@@ -66,6 +66,7 @@ const settings = element("settings", HTMLDialogElement);
 const settingsForm = /** @type {HTMLFormElement} */ (settings.querySelector("form"));
 const settingsProblem = element("settings-problem", HTMLElement);
 const summary = element("summary", HTMLOutputElement);
+const meter = /** @type {HTMLDetailsElement} */ (document.querySelector(".meter"));
 const stageList = element("stages", HTMLElement);
 
 const triton = new Triton(newId());
@@ -431,6 +432,7 @@ function showMeter() {
   const recent = player.drawTimesMs.slice(-100).filter(time => now - time < 2000);
   const rate = recent.length > 1 ? (1e3 * (recent.length - 1)) / (now - /** @type {number} */ (recent[0])) : 0;
   summary.textContent = stages.answer ? `${Math.round(stages.answer)} ms to the answer` : `${rate.toFixed(0)} frames/s`;
+  if (!meter.open) return;
   /** @type {[string, number | undefined, string][]} */
   const rows = STAGES.map(([name, label]) => [label, stages[name], "ms"]);
   rows.push(["Chunk, p95", percentile(stream?.latenciesMs ?? [], 0.95), "ms"]);
@@ -452,6 +454,7 @@ function showMeter() {
   );
 }
 setInterval(showMeter, METER_MS);
+meter.addEventListener("toggle", showMeter);
 
 // ── for tests ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -6,6 +6,7 @@
 import { detectSpeech, synthesize, transcribe } from "./models.js";
 import { cutInPauses, Tape } from "./samples.js";
 import { sentences } from "./sentences.js";
+import { pause, TalksplatError } from "./triton.js";
 import { Turns } from "./turns.js";
 
 /** @import { Clock } from "./clock.js" */
@@ -22,7 +23,7 @@ import { Turns } from "./turns.js";
  * @typedef {{endOfSpeech?: number, recognition?: number, reply?: number, voice?: number, firstFrame?: number,
  *   answer?: number, interruption?: number}} Stages
  */
-/** @typedef {{samples: Float32Array, caption?: string | Promise<string>}} Piece of what the avatar says */
+/** @typedef {{samples: Float32Array, caption?: string | undefined}} Piece of what the avatar says */
 /**
  * @typedef {object} Listener
  * @property {(state: State) => void} state
@@ -33,6 +34,7 @@ import { Turns } from "./turns.js";
 
 const RUN_IN_SECONDS = 0.3; // before a turn's first speech that are recognised with it
 const CAPTION_SECONDS = 10; // of a file that are recognised, and captioned, at a time
+const DEAF_SECONDS = 1; // after speech could not be detected
 const BACKLOG_CHUNKS = 4; // of sound that was not looked at yet; what is older is given up
 
 export class Conversation {
@@ -96,7 +98,10 @@ export class Conversation {
     if (this.#attending) return;
     this.#attending = true;
     this.#attend()
-      .catch(error => this.#fail(error))
+      .catch(error => {
+        if (!(error instanceof TalksplatError) || error.kind !== "unavailable") this.#fail(error); // else it is known
+        return pause(DEAF_SECONDS);
+      })
       .finally(() => {
         this.#attending = false;
       });
@@ -308,9 +313,8 @@ export class Conversation {
   async *#captioned(samples, signal) {
     const { sampleRate } = this.#clock;
     for (const piece of cutInPauses(samples, CAPTION_SECONDS * sampleRate, sampleRate)) {
-      const caption = transcribe(this.#triton, piece, signal);
-      caption.catch(() => {}); // told when the piece is heard
-      yield { samples: piece, caption };
+      const caption = await transcribe(this.#triton, piece, signal).catch(error => this.#fail(error));
+      yield { samples: piece, caption: caption || undefined };
     }
   }
 
@@ -324,18 +328,14 @@ export class Conversation {
     const { signal } = abort;
     const voice = this.#stream.speak();
     let first = true;
-    const heard = (/** @type {Piece["caption"]} */ caption) => {
+    const heard = (/** @type {string | undefined} */ caption) => {
       if (signal.aborted) return;
       if (first) {
         first = false;
         this.#become("speaking");
         begun?.();
       }
-      Promise.resolve(caption)
-        .then(text => {
-          if (text && !signal.aborted) this.#told(text);
-        })
-        .catch(error => this.#fail(error));
+      if (caption) this.#told(caption);
     };
     try {
       for await (const { samples, caption } of pieces) {

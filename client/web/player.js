@@ -37,7 +37,7 @@ export class Player {
   #cues = [];
   #drawn = -1; // the last frame
   framesDrawn = 0;
-  framesMissed = 0; // that were due together with a later one
+  framesMissed = 0; // that were not drawn, since the next one was due
   outOfOrder = 0;
   /** @type {number[]} ms from a frame's time to when it was drawn, either way, while sound plays */
   skewsMs = [];
@@ -189,16 +189,14 @@ export class Player {
 
   #draw() {
     const now = this.now();
-    let entry;
-    while (this.#queue[0] && this.#queue[0].due <= now + REFRESH_AHEAD) {
-      if (entry) {
-        entry.picture.close();
-        this.framesMissed++;
-      }
-      entry = this.#queue.shift();
+    const due = (/** @type {Entry | undefined} */ entry) => entry && entry.due <= now + REFRESH_AHEAD;
+    while (due(this.#queue[1]) && (this.#queue[0]?.due ?? now) < now - 1 / this.#clock.fps) {
+      this.#queue.shift()?.picture.close(); // a frame's time late: the screen was not refreshed for so long
+      this.framesMissed++;
     }
+    const entry = due(this.#queue[0]) && this.#queue.shift();
     if (!entry) return;
-    const { index, due, sounds, picture } = entry;
+    const { index, sounds, picture } = entry;
     if (this.#canvas.width !== picture.width || this.#canvas.height !== picture.height) {
       this.#canvas.width = picture.width;
       this.#canvas.height = picture.height;
@@ -209,7 +207,7 @@ export class Player {
     this.#drawn = index;
     this.framesDrawn++;
     keep(this.drawTimesMs, performance.now());
-    if (sounds && this.#runs) keep(this.skewsMs, 1e3 * Math.abs(now - due));
+    if (sounds && this.#runs) keep(this.skewsMs, 1e3 * Math.abs(now - entry.due));
     const cues = this.#cues.filter(({ frame }) => frame <= index);
     this.#cues = this.#cues.filter(({ frame }) => frame > index);
     for (const { cue } of cues) cue();
