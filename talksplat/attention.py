@@ -11,6 +11,7 @@ once can be sent again, to whoever watches.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ class Head:
     viewmats: Float32  # [P, 4, 4]
     usual: int = field(init=False)  # plate on which the head is nearest to its mean pose
     loop: int = field(init=False)  # frames, of whole rounds forth and back, after which looks and nods come again
-    _nods: Sequence[tuple[int, int, int]] = field(init=False, repr=False)  # by slot: where it begins, end, plates
+    _nods: Sequence[tuple[int, int]] = field(init=False, repr=False)  # where in the loop each begins, plates to go
     _viewer: Whole = field(init=False, repr=False)  # [P, 2] steps that keep the eyes on the viewer
 
     def __post_init__(self) -> None:
@@ -115,7 +116,9 @@ class Head:
         away = np.square(self.viewmats - self.viewmats.mean(0)).sum((1, 2))
         object.__setattr__(self, "usual", int(away.argmin()))
         object.__setattr__(self, "loop", round_ * -(-LOOP_FRAMES // round_))
-        object.__setattr__(self, "_nods", _nods(self.viewmats, self.loop))
+        turns = self.viewmats[:, :3, :3]
+        down = -(turns[:, 1] @ turns[self.usual, 2])  # of the way that looks out of the picture on the usual plate
+        object.__setattr__(self, "_nods", _nods(down, self.loop))
         object.__setattr__(self, "_viewer", _viewer(self.viewmats))
 
     def pose(
@@ -152,8 +155,9 @@ class Head:
         place: int,  # in the loop
     ) -> tuple[float, int]:
         """How far down a listener's head is, 0 to 1, of how many plates."""
-        begin, end, way = self._nods[min(place // NOD_SLOT, len(self._nods) - 1)]
-        return (_bump((place - begin) / NOD_FRAMES % 1), way) if begin <= place < end else (0.0, 0)
+        number = bisect.bisect_right(self._nods, place, key=lambda nod: nod[0])
+        begin, way = self._nods[number - 1]
+        return (_bump((place - begin) / NOD_FRAMES), way) if begin <= place < begin + NOD_FRAMES else (0.0, 0)
 
     def viewmat(
         self,
@@ -216,7 +220,7 @@ def find_eyes(
 
 
 COVERED = 30  # of 255: by how much the green of a pixel changes that a lid covers
-OPENING = (0.0008, 0.02)  # of the picture: how large an eye's opening is
+OPENING = (0.0008, 0.03)  # of the picture: how large an eye's opening is
 APART = (1.2, 4.0)  # widths that two openings are from each other
 RIM = (2.1, 3.4)  # standard deviations of an opening's pixels from its middle to where nothing moves: across, down
 
@@ -242,26 +246,25 @@ def _openings(
 
 
 def _nods(
-    viewmats: Float32,  # [P, 4, 4]
+    down: Float32,  # [P] how far the face looks down
     loop: int,
-) -> list[tuple[int, int, int]]:
-    """One nod, or two in a row, in each slot of the loop: frames where they begin and end, and plates to go.
+) -> list[tuple[int, int]]:
+    """One nod, or two in a row, in each slot of the loop: where it begins, and how many plates it goes.
 
-    They go to the plate within reach on which the head is furthest down, from a place where that is far.
+    In its middle it is at the plate within reach on which the head is furthest down; it begins where that is far.
     """
-    down = viewmats[:, 1, 2]  # of the direction in which the face looks
     plates = np.arange(len(down))
     within = np.clip(plates[:, None] + np.arange(-NOD_REACH, NOD_REACH + 1), 0, len(down) - 1)
-    ways = within[plates, down[within].argmax(1)] - plates
-    depths = down[plates + ways] - down
+    lowest = within[plates, down[within].argmax(1)]
+    behind = np.array([_folded(place, len(down)) for place in range(loop)])  # if nobody nodded
+    middle = np.roll(behind, -NOD_FRAMES // 2)
+    ways, depths = lowest[middle] - middle, down[lowest[middle]] - down[behind]
     nods = []
     for first in range(0, loop - NOD_SLOT + 1, NOD_SLOT):
-        places = np.arange(first, first + NOD_JITTER + 1)
-        behind = np.array([_folded(place, len(down)) for place in places.tolist()])
-        deep = np.flatnonzero(depths[behind] >= NOD_CHOICE * depths[behind].max())
-        chosen = deep[_random(0, ~first) % len(deep)]
-        begin, times = int(places[chosen]), 1 + _random(1, ~first) % 2
-        nods.append((begin, begin + times * NOD_FRAMES, int(ways[behind[chosen]])))
+        depth = depths[first : first + NOD_JITTER + 1]
+        deep = np.flatnonzero(depth >= NOD_CHOICE * depth.max())
+        begin = first + int(deep[_random(0, ~first) % len(deep)])
+        nods += [(place, int(ways[place])) for place in (begin, begin + NOD_FRAMES)[: 1 + _random(1, ~first) % 2]]
     return nods
 
 

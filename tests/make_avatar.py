@@ -1,5 +1,6 @@
 """Small synthetic avatars: a coloured cloud before a plain wall, moved by random bases."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from talksplat import avatar as bundle
-from talksplat.avatar import Avatar, Huma1Avatar
+from talksplat.avatar import AnyAvatar, Avatar, Huma1Avatar
 from talksplat.server import ROOT
 
 COLORS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.2), "blue": (0.1, 0.2, 0.9)}
@@ -25,6 +26,42 @@ def make_avatar(avatar_id: str = "red", *, size: int = 64, gaussians: int = 300,
         adapter_in=rng.normal(scale=0.3, size=(bundle.FEATURES + 1, bundle.HIDDEN)).astype(np.float32),
         adapter_out=rng.normal(scale=0.3, size=(bundle.HIDDEN + 1, bundle.COEFFICIENTS)).astype(np.float32),
     )
+
+
+def make_staring_avatar(avatar_id: str, *, profile: str = "huma2", size: int = 64) -> AnyAvatar:
+    """A wall of skin with two eyes, which a blink covers with lids; the same picture in each profile."""
+    grid = np.linspace(-0.9, 0.9, 13)
+    rows: dict[str, list[tuple[float, float, float]]] = {"skin": [(x, y, 0.0) for x in grid for y in grid]}
+    rows |= {"white": [], "iris": [], "lid": []}
+    for middle in (-EYE_DISTANCE, EYE_DISTANCE):
+        for x in np.linspace(-0.14, 0.14, 6):
+            for y in np.linspace(-0.06, 0.06, 3):
+                rows["white"].append((middle + x, y, -0.02))
+                rows["lid"].append((middle + x, y, -0.06))
+        rows["iris"] += [(middle + x, y, -0.04) for x in (-0.02, 0.02) for y in (-0.02, 0.02)]
+    counts = [len(each) for each in rows.values()]
+    canonical = np.zeros((bundle.ATTRIBUTES, sum(counts)), np.float32)
+    canonical[:3] = METRES * np.concatenate(list(rows.values())).T
+    canonical[3] = 1
+    canonical[7:10] = np.log(METRES * np.repeat([0.1, 0.035, 0.025, 0.04], counts))
+    canonical[10] = np.repeat([6.0, 6.0, 6.0, -8.0], counts)
+    canonical[11:] = np.repeat(np.array([(0.9, 0.7, 0.6), (1, 1, 1), (0, 0, 0.1), (0.9, 0.7, 0.6)]).T, counts, axis=1)
+    blink = np.zeros_like(canonical)
+    blink[10, -counts[-1] :] = 16
+    like = make_huma1_avatar(avatar_id, size=size, gaussians=sum(counts))
+    viewmats = np.repeat(like.viewmats[:1], len(like.plates), axis=0)
+    viewmats[:, 2, 3] *= METRES
+    if profile == Huma1Avatar.profile:
+        return replace(like, canonical=canonical, blink=blink, viewmats=viewmats)
+    bases = np.zeros((bundle.ATTRIBUTES, bundle.WEIGHTS, sum(counts)), np.int8)
+    bases[:, bundle.BLINK] = np.round(blink * 127 / 16)
+    scales = np.full((bundle.ATTRIBUTES, bundle.WEIGHTS), 16 / 127, np.float32)
+    other = make_avatar(avatar_id, size=size, gaussians=sum(counts))
+    return replace(other, canonical=canonical, bases=bases, basis_scales=scales, viewmats=viewmats)
+
+
+METRES = 0.08  # of a unit of this face
+EYE_DISTANCE = 0.4  # of each from the middle
 
 
 def make_huma1_avatar(avatar_id: str, *, size: int = 64, gaussians: int = 300, plates: int = 5) -> Huma1Avatar:

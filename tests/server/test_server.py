@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -196,8 +197,17 @@ def test_an_utterance_gives_the_frames_of_its_chunks(client: triton.InferenceSer
 
 def test_an_idle_chunk_is_what_animate_gives_on_silence_byte_for_byte(client: triton.InferenceServerClient) -> None:
     silence = framing.windows(np.zeros(clock.CHUNK_SAMPLES, np.float32))
-    for index, parameters in ((0, {}), (96, {"seed": 5}), (8, {"size": 32, "quality": 60}), (4, {"format": "raw"})):
+    for index, parameters in (
+        *((0, {}), (96, {"seed": 5}), (8, {"size": 32, "quality": 60}), (4, {"format": "raw"})),
+        (4, {"listening_before": 20, "listening": 70}),
+    ):
         assert idle(client, BLUE, index, **parameters) == animate(client, silence, [BLUE], [index], **parameters)[0]
+
+
+def test_a_listener_is_drawn_otherwise_by_animate_too(client: triton.InferenceServerClient) -> None:
+    windows = framing.windows(voice(0.16))
+    for ask in (partial(idle, client, BLUE, 8), partial(animate, client, windows, [BLUE], [8])):
+        assert ask() == ask(listening=0, listening_before=0) != ask(listening=100, listening_before=100)
 
 
 def test_a_chunk_is_rendered_only_before_its_deadline(client: triton.InferenceServerClient) -> None:
@@ -389,6 +399,8 @@ def test_clipped_and_huge_audio_gives_frames_or_a_clear_error(
         ({"size": 12}, "size is 12, expected a multiple of 8"),
         ({"size": 4096}, "size is 4096, above the 64 pixels"),
         ({"seed": 1.5}, "seed is 1.5, expected a whole number"),
+        ({"listening": 101}, "listening is 101, expected 0 to 100"),
+        ({"listening_before": "all"}, "listening_before is 'all', expected a whole number"),
         ({"operation": "explode"}, "operation is 'explode', expected one of preload, unload, list"),
         ({"operation": "unload"}, "ask the model rasterizer"),
     ],

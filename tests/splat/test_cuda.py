@@ -16,7 +16,7 @@ import pytest
 import simplejpeg
 import torch
 from heads import avatar, job
-from make_avatar import make_huma1_avatar, write_avatar
+from make_avatar import make_huma1_avatar, make_staring_avatar, write_avatar
 from torch import Tensor
 
 from talksplat import avatar as bundle
@@ -243,12 +243,13 @@ def test_a_frame_that_fails_fails_alone(device: tuple[Device, GatheringDrawer]) 
 def test_an_animator_on_a_device_shows_what_one_on_the_cpu_shows(renderer: Renderer, tmp_path: Path) -> None:
     write_avatar(tmp_path, "ann")
     bundle.write(make_huma1_avatar("hal"), tmp_path)
+    bundle.write(make_staring_avatar("eve"), tmp_path)
     rng, chunks = np.random.default_rng(0), []
     for number, options in enumerate((Options(), Options(size=48), Options(format="raw"))):
         coefficients = rng.normal(0, 1, (4, 20)).astype(np.float32)
         chunks.append(Chunk("ann", coefficients, np.ones(4, np.float32), 7 * number, options))
         chunks.append(Chunk("hal", None, None, number, options))
-    chunks.append(Chunk("nobody", None, None, 0))
+    chunks += [Chunk("nobody", None, None, 0), Chunk("eve", None, None, 80, Options(size=32, listening=50))]
     device, core = Animator(tmp_path, drawer=GatheringDrawer(renderer.pictures)), Animator(tmp_path, threads=1)
     for chunk, got, want in zip(chunks, device.render(chunks), core.render(chunks), strict=True):
         if chunk.avatar == "nobody":
