@@ -27,6 +27,10 @@ help:  ## this list
 demo: models  ## animate demo/speech.wav with the avatar ava: writes demo/out/ava.mp4
 	@$(BIN)/python demo/demo.py
 
+.PHONY: web
+web: models  ## a page to talk to an avatar, at http://127.0.0.1:8080/; needs nginx
+	@$(BIN)/talksplat-server web
+
 .PHONY: serve
 serve: models  ## start the server and keep it up; prints its endpoints
 	@$(BIN)/talksplat-server up

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from talksplat import avatar as bundle
-from talksplat import bench, edge, tenants
+from talksplat import bench, edge, tenants, web
 from talksplat.server import EVERYWHERE, HOST, ROOT, Ports, Server, ServerError, Trace
 from talksplat.supervisor import Supervisor
 
@@ -35,8 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     up = commands.add_parser("up", help="serve until Ctrl-C or SIGTERM, and start again what dies")
-    up.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: %(default)s")
-    up.add_argument("--avatars", type=Path, default=ROOT / "avatars", help="folder of bundles; default: %(default)s")
+    _add_folders(up)
     up.add_argument("--tenants", type=Path, metavar="FILE", help="behind the edge: who may use what")
     default = Ports()
     up.add_argument("--http-port", type=int, default=default.http, help="default: %(default)s")
@@ -54,11 +53,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_tracing(up)
     up.set_defaults(run=_up)
 
-    secure = commands.add_parser("secure", help="as up, behind nginx: TLS, API keys, tenants, limits, replicas")
-    secure.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: %(default)s")
-    secure.add_argument(
-        "--avatars", type=Path, default=ROOT / "avatars", help="folder of bundles; default: %(default)s"
+    page = commands.add_parser(
+        "web", help="the page to talk to an avatar, and a server behind it, for this machine alone"
     )
+    _add_folders(page)
+    page.add_argument("--host", default=HOST, help="address of the loopback to listen on; default: %(default)s")
+    page.add_argument("--port", type=int, default=web.PORT, help="default: %(default)s")
+    page.add_argument("--run-dir", type=Path, help="folder of logs; default: runs/web beside the repository")
+    page.set_defaults(run=_web)
+
+    secure = commands.add_parser("secure", help="as up, behind nginx: TLS, API keys, tenants, limits, replicas")
+    _add_folders(secure)
     secure.add_argument("--tenants", type=Path, metavar="FILE", help="who may use what; default: made in the run dir")
     secure.add_argument("--replicas", type=int, default=1, metavar="N", help="servers; default: %(default)s")
     secure.add_argument("--host", default=HOST, help="address to listen on; default: %(default)s")
@@ -89,6 +94,13 @@ def _parser() -> argparse.ArgumentParser:
         if not module.name.startswith("_"):
             _add_bench(benches, module.name)
     return parser
+
+
+def _add_folders(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repository", type=Path, default=ROOT / "model_repository", help="default: %(default)s")
+    parser.add_argument(
+        "--avatars", type=Path, default=ROOT / "avatars", help="folder of bundles; default: %(default)s"
+    )
 
 
 def _add_tracing(parser: argparse.ArgumentParser) -> None:
@@ -147,6 +159,21 @@ def _up(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _web(arguments: argparse.Namespace) -> int:
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    run_dir = arguments.run_dir or arguments.repository.resolve().parent / "runs" / "web"
+    page = web.Web(
+        arguments.repository, arguments.avatars, run_dir, console.print, host=arguments.host, port=arguments.port
+    )
+
+    def serving() -> None:
+        console.print(f"Talk to an avatar at {page.url} - Ctrl-C stops it. Logs: {run_dir}")
+
+    console.print("Starting nginx and Triton ...")
+    _until_interrupted(lambda: page.run(serving), console)
+    return 0
+
+
 def _secure(arguments: argparse.Namespace) -> int:
     if arguments.replicas < 1:
         raise edge.EdgeError(f"--replicas is {arguments.replicas}, expected 1 or more.")
@@ -172,6 +199,7 @@ def _secure(arguments: argparse.Namespace) -> int:
 
     def serving() -> None:
         console.print(f"Serving; Ctrl-C stops it.\n  gRPC and HTTP  {address.url} (TLS, API key)")
+        console.print(f"  page           https://{address.url}/")
         console.print(f"  health         https://{address.url}/healthz\n  tenants        {file}")
         for each in ports:
             console.print(f"  metrics        http://{HOST}:{each.metrics}/metrics")

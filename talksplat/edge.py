@@ -22,7 +22,7 @@ import string
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,114 @@ class EdgeError(ServerError):
 
 
 class MissingNginxError(EdgeError):
-    """nginx or its Lua module is not installed."""
+    """nginx, or its Lua module where that is wanted, is not installed."""
+
+
+class Nginx:
+    """One nginx, started again by `look` when it has died. It ends with the thread that started it.
+
+    Args:
+        template: of its configuration, in `SOURCE`.
+        host, port: where it listens.
+        prefix: its folder: configuration, logs, temporary files.
+        program: the installed nginx.
+    """
+
+    def __init__(self, template: str, host: str, port: int, prefix: Path, program: Path) -> None:
+        self._template = template
+        self._host = host
+        self._port = port
+        self._prefix = prefix.resolve()
+        self._program = program
+        self._process: subprocess.Popen[bytes] | None = None
+        self._launched = 0.0
+
+    @property
+    def pid(self) -> int | None:
+        """Of nginx's master process, while it runs."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Start, and return once nginx listens.
+
+        Raises:
+            EdgeError: it does not; nothing is left running.
+            PortInUseError: something else listens there.
+        """
+        self._prefix.mkdir(parents=True, exist_ok=True)
+        (self._prefix / "temp").mkdir(exist_ok=True)
+        self._configure()
+        try:
+            _check_free(self._host, self._port)
+            self._launch()
+            self._wait_until_listening()
+        except BaseException:
+            self.stop()
+            raise
+
+    def look(self) -> str | None:
+        """Start nginx again when it has died, and say so."""
+        if self._process is None or (code := self._process.poll()) is None:
+            return None
+        if time.monotonic() < self._launched + _LAUNCH_SECONDS:
+            return None
+        self._kill()
+        self._launch()
+        return f"nginx ended with {code}: started again."
+
+    def stop(self) -> None:
+        """Stop, and leave no process behind."""
+        if self._process is not None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(3)
+            self._kill()
+
+    def _values(self) -> dict[str, object]:
+        """What the template is filled with."""
+        user = "nobody"  # nginx looks at it only when root starts it; a container's user may have no name
+        if os.getuid() == 0:
+            user = f"{pwd.getpwuid(0).pw_name} {grp.getgrgid(os.getgid()).gr_name}"
+        return {
+            "TALKSPLAT_USER": user,
+            "TALKSPLAT_LISTEN": f"{self._host}:{self._port}",
+            "TALKSPLAT_EDGE": SOURCE,
+            "TALKSPLAT_CLIENT": ROOT / "client",
+        }
+
+    def _configure(self) -> None:
+        template = string.Template((SOURCE / self._template).read_text())
+        _write(self._prefix / "nginx.conf", template.safe_substitute(self._values()))  # nginx has variables of its own
+
+    def _launch(self) -> None:
+        self._launched = time.monotonic()
+        self._process = subprocess.Popen(
+            [self._program, "-p", self._prefix, "-c", self._prefix / "nginx.conf", "-e", self._prefix / "error.log"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches the launcher only
+            preexec_fn=_end_with_launcher,
+        )
+
+    def _wait_until_listening(self) -> None:
+        assert self._process is not None
+        deadline = time.monotonic() + _START_SECONDS
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection((self._host, self._port), 1):
+                return
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                log = self._prefix / "error.log"
+                lines = log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []
+                raise EdgeError("\n  ".join(["nginx does not start:", *lines, f"The whole log: {log}"]))
+            time.sleep(0.02)
+
+    def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # workers of a killed master hold on to the port
+            process.wait()
 
 
 @dataclass(frozen=True)
@@ -66,64 +173,35 @@ class Address:
         return f"{self.host}:{self.port}"
 
 
-class Edge:
-    """One nginx, started again by `look` when it has died. It ends with the thread that started it.
+class Edge(Nginx):
+    """The nginx of `nginx.conf.template`.
 
     Args:
         tenants: the file of `talksplat.tenants`.
         replicas: of the servers on this machine.
         address: where to listen.
         prefix: nginx's folder: configuration, logs, temporary files.
+
+    Raises:
+        TenantsError: the tenants file can't be used.
+        MissingNginxError: nginx or its Lua module is not installed.
     """
 
     def __init__(self, tenants: Path, replicas: Sequence[Ports], address: Address, prefix: Path) -> None:
         self.address = address
         self._file = TenantsFile(tenants)
         self._replicas = [(HOST, each) for each in replicas]
-        self._prefix = prefix.resolve()
-        self._nginx = find_nginx()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._launched = 0.0
         self._written: Tenants | None = None
         self._beats = 0
         self._up: set[Ports] = set()  # replicas that answered their last canary
         self._lock = threading.Lock()
-
-    @property
-    def pid(self) -> int | None:
-        """Of nginx's master process, while it runs."""
-        return self._process.pid if self._process else None
-
-    def start(self) -> None:
-        """Start, and return once nginx listens.
-
-        Raises:
-            EdgeError: it does not; nothing is left running.
-        """
-        self._prefix.mkdir(parents=True, exist_ok=True)
-        (self._prefix / "temp").mkdir(exist_ok=True)
-        _write(self._prefix / "nginx.conf", self._configuration())
-        self._write_tenants()
-        self._beat()
-        try:
-            _check_free(self.address)
-            self._launch()
-            self._wait_until_listening()
-        except BaseException:
-            self.stop()
-            raise
+        super().__init__("nginx.conf.template", address.host, address.port, prefix, find_nginx())
 
     def look(self) -> str | None:
         """Follow changes of the tenants file; start nginx again when it has died, and say so."""
         with contextlib.suppress(OSError):  # a full disk may be mended
             self._write_tenants()
-        if self._process is None or (code := self._process.poll()) is None:
-            return None
-        if time.monotonic() < self._launched + _LAUNCH_SECONDS:
-            return None
-        self._kill()
-        self._launch()
-        return f"nginx ended with {code}: started again."
+        return super().look()
 
     def lead_to(self, hosts: Sequence[str], ports: Ports) -> None:
         """Balance over these machines from now on; a running nginx goes on with what it has begun.
@@ -132,16 +210,8 @@ class Edge:
         """
         self._replicas = [(host, ports) for host in hosts]
         if self._process is not None:
-            _write(self._prefix / "nginx.conf", self._configuration())
+            self._configure()
             self._process.send_signal(signal.SIGHUP)
-
-    def stop(self) -> None:
-        """Stop, and leave no process behind."""
-        if self._process is not None:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(3)
-            self._kill()
 
     def passed(self, replica: Ports) -> None:
         """A replica has answered a canary; from any thread."""
@@ -167,54 +237,23 @@ class Edge:
             _write(self._prefix / "tenants", hashes(tenants))
             self._written = tenants
 
-    def _configuration(self) -> str:
+    def _configure(self) -> None:
+        super()._configure()
+        self._write_tenants()
+        self._beat()
+
+    def _values(self) -> dict[str, object]:
         def servers(doors: Sequence[tuple[str, int]]) -> str:
             each = [f"server {host}:{port} max_fails=1 fail_timeout=3s;" for host, port in doors]
             return " ".join(each) or f"server {HOST}:9 down;"  # nginx refuses to have none
 
-        user = "nobody"  # nginx looks at it only when root starts it; a container's user may have no name
-        if os.getuid() == 0:
-            user = f"{pwd.getpwuid(0).pw_name} {grp.getgrgid(os.getgid()).gr_name}"
-        template = string.Template((SOURCE / "nginx.conf.template").read_text())
-        return template.safe_substitute(  # nginx has variables of its own
-            TALKSPLAT_USER=user,
-            TALKSPLAT_LISTEN=self.address.url,
-            TALKSPLAT_CERTIFICATE=self.address.certificate.resolve(),
-            TALKSPLAT_CERTIFICATE_KEY=self.address.certificate_key.resolve(),
-            TALKSPLAT_EDGE=SOURCE,
-            TALKSPLAT_GRPC_SERVERS=servers([(host, ports.grpc) for host, ports in self._replicas]),
-            TALKSPLAT_HTTP_SERVERS=servers([(host, ports.http) for host, ports in self._replicas]),
-        )
-
-    def _launch(self) -> None:
-        self._launched = time.monotonic()
-        self._process = subprocess.Popen(
-            [self._nginx, "-p", self._prefix, "-c", self._prefix / "nginx.conf", "-e", self._prefix / "error.log"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C reaches the launcher only
-            preexec_fn=_end_with_launcher,
-        )
-
-    def _wait_until_listening(self) -> None:
-        assert self._process is not None
-        deadline = time.monotonic() + _START_SECONDS
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection((self.address.host, self.address.port), 1):
-                return
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                log = self._prefix / "error.log"
-                lines = log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []
-                raise EdgeError("\n  ".join(["nginx does not start:", *lines, f"The whole log: {log}"]))
-            time.sleep(0.02)
-
-    def _kill(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # workers of a killed master hold on to the port
-            process.wait()
+        return {
+            **super()._values(),
+            "TALKSPLAT_CERTIFICATE": self.address.certificate.resolve(),
+            "TALKSPLAT_CERTIFICATE_KEY": self.address.certificate_key.resolve(),
+            "TALKSPLAT_GRPC_SERVERS": servers([(host, ports.grpc) for host, ports in self._replicas]),
+            "TALKSPLAT_HTTP_SERVERS": servers([(host, ports.http) for host, ports in self._replicas]),
+        }
 
 
 class _Replica(Server):
@@ -235,8 +274,70 @@ class _Replica(Server):
         super().stop()
 
 
-class Secure:
-    """Servers and their edge, each started again when it dies.
+class Machine:
+    """Servers and the nginx before them, each started again when it dies.
+
+    Args:
+        nginx: not started yet.
+        servers: by name, not started yet.
+        say: is told what happens, in sentences; from several threads.
+    """
+
+    def __init__(self, nginx: Nginx, servers: Mapping[str, Server], say: Callable[[str], None]) -> None:
+        self._nginx = nginx
+        self._say = say
+        self._supervisors = [
+            Supervisor(server, functools.partial(self._say_of, name)) for name, server in servers.items()
+        ]
+        self._serving = 0
+        self._failure: BaseException | None = None
+
+    def run(self, serving: Callable[[], None]) -> None:
+        """Start everything and keep it up; returns only by an exception, and leaves nothing running then.
+
+        Args:
+            serving: is called once, when all of it serves.
+
+        Raises:
+            ServerError, OSError: the first start failed.
+        """
+        threads = [threading.Thread(target=self._keep, args=(each,), daemon=True) for each in self._supervisors]
+        try:
+            self._nginx.start()
+            for thread in threads:
+                thread.start()
+            is_serving = False
+            while self._failure is None:
+                if (news := self._nginx.look()) is not None:
+                    self._say(news)
+                if not is_serving and self._serving >= len(threads):
+                    is_serving = True
+                    serving()
+                time.sleep(_LOOK_SECONDS)
+            raise self._failure
+        finally:
+            self._nginx.stop()
+            for supervisor in self._supervisors:
+                supervisor.stop()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join(_STOP_SECONDS)
+
+    def _say_of(self, name: str, text: str) -> None:
+        self._say(f"{name}: {text}")
+
+    def _keep(self, supervisor: Supervisor) -> None:
+        def serving() -> None:
+            self._serving += 1
+
+        try:
+            supervisor.run(serving)
+        except BaseException as error:
+            self._failure = error
+
+
+class Secure(Machine):
+    """Servers behind their edge.
 
     Args:
         repository: the model repository, with the exported models in it.
@@ -264,59 +365,15 @@ class Secure:
         say: Callable[[str], None],
         trace: Trace | None = None,
     ) -> None:
-        self._say = say
-        self._edge = Edge(tenants, replicas, address, run_dir / "edge")
-        self._supervisors = []
+        edge = Edge(tenants, replicas, address, run_dir / "edge")
+        servers = {}
         for number, ports in enumerate(replicas):
             name = f"replica-{number}"
-            server = _Replica(repository, avatars, tenants=tenants, trace=trace, ports=ports, run_dir=run_dir / name)
-            server.edge = self._edge
-            self._supervisors.append(Supervisor(server, functools.partial(self._say_of, name)))
-        self._serving = 0
-        self._failure: BaseException | None = None
-
-    def run(self, serving: Callable[[], None]) -> None:
-        """Start everything and keep it up; returns only by an exception, and leaves nothing running then.
-
-        Args:
-            serving: is called once, when all of it serves.
-
-        Raises:
-            ServerError, OSError: the first start failed.
-        """
-        threads = [threading.Thread(target=self._keep, args=(each,), daemon=True) for each in self._supervisors]
-        try:
-            self._edge.start()
-            for thread in threads:
-                thread.start()
-            is_serving = False
-            while self._failure is None:
-                if (news := self._edge.look()) is not None:
-                    self._say(news)
-                if not is_serving and self._serving >= len(threads):
-                    is_serving = True
-                    serving()
-                time.sleep(_LOOK_SECONDS)
-            raise self._failure
-        finally:
-            self._edge.stop()
-            for supervisor in self._supervisors:
-                supervisor.stop()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join(_STOP_SECONDS)
-
-    def _say_of(self, name: str, text: str) -> None:
-        self._say(f"{name}: {text}")
-
-    def _keep(self, supervisor: Supervisor) -> None:
-        def serving() -> None:
-            self._serving += 1
-
-        try:
-            supervisor.run(serving)
-        except BaseException as error:
-            self._failure = error
+            servers[name] = _Replica(
+                repository, avatars, tenants=tenants, trace=trace, ports=ports, run_dir=run_dir / name
+            )
+            servers[name].edge = edge
+        super().__init__(edge, servers, say)
 
 
 class Cluster:
@@ -441,24 +498,32 @@ def make_certificate(certificate: Path, key: Path, host: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def find_nginx() -> Path:
-    """The installed nginx; raises MissingNginxError where it or its Lua module is missing."""
+def find_nginx(*, lua: bool = True) -> Path:
+    """The installed nginx.
+
+    Args:
+        lua: its Lua module is wanted, too.
+
+    Raises:
+        MissingNginxError: it is not installed.
+    """
     found = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
-    missing = None if found else "nginx"
-    if not all((MODULES / f"{name}_module.so").exists() for name in ("ndk_http", "ngx_http_lua")):
-        missing = f"{missing} and its Lua module" if missing else "nginx's Lua module"
-    if found is None or missing is not None:
-        raise MissingNginxError(f"{missing} is not installed: apt install nginx-light libnginx-mod-http-lua.")
+    missing = [] if found else ["nginx"]
+    if lua and not all((MODULES / f"{name}_module.so").exists() for name in ("ndk_http", "ngx_http_lua")):
+        missing.append("its Lua module" if missing else "nginx's Lua module")
+    if found is None or missing:
+        packages = "nginx-light libnginx-mod-http-lua" if lua else "nginx-light"
+        raise MissingNginxError(f"{' and '.join(missing)} is not installed: apt install {packages}.")
     return Path(found)
 
 
-def _check_free(address: Address) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
+def _check_free(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((address.host, address.port))
+            probe.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise PortInUseError(f"{address.url} can't be used ({error}): choose another with --port.") from error
+            raise PortInUseError(f"{host}:{port} can't be used ({error}): choose another with --port.") from error
 
 
 def _write(path: Path, text: str) -> None:

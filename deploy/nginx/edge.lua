@@ -11,19 +11,20 @@ local LONG_SECONDS = 60 -- that a request of the kind "long" may take: its nginx
 local HEALTHY_SECONDS = 5 -- after a replica's last canary
 local COMPRESSED = "Compressed requests are not taken."
 
--- What may be asked, up to so many bytes. A window of audio is 59 kB, or some 300 kB in JSON; 30 s of it are 1.92 MB.
-local MODELS = {
-  animate = { kind = "chunk", bytes = 384 * 1024 },
-  animate_huma1 = { kind = "long", bytes = 384 * 1024 }, -- it may have to bake an avatar's table first
-  transcribe = { kind = "long", bytes = 2 * 1024 * 1024 },
-  speech_to_animation = { kind = "long", bytes = 2 * 1024 * 1024 },
-  rasterizer = { kind = "long", bytes = 4096 }, -- operations and idle chunks
-}
+-- The file `models` beside this one.
+local MODELS = {}
+for line in io.lines(debug.getinfo(1, "S").source:match("^@(.*/)") .. "models") do
+  local name, kind, bytes = line:match("^([a-z0-9_]+) +(%a+) +(%d+)")
+  if name then
+    MODELS[name] = { kind = kind, bytes = tonumber(bytes) }
+  end
+end
 
 local GRPC_STATUS = { -- of an HTTP status
   [400] = 3, [401] = 16, [403] = 7, [404] = 7, [405] = 7, [408] = 4, [413] = 3, [415] = 12, [429] = 8, [503] = 14,
 }
 local SENTENCES = { -- for what nginx itself refuses
+  [403] = "This is not served here.",
   [408] = "The request came too slowly.",
   [413] = "The request is larger than the edge takes.",
   [429] = "Too many requests of this tenant are under way.",
@@ -149,7 +150,7 @@ function edge.authenticate(method)
   ngx.var.tenant = tenant.name
   ngx.ctx.tenant = tenant
   if method and ngx.req.get_method() ~= method then
-    return refuse(403, "This is not served here.")
+    return refuse(403, SENTENCES[403])
   end
   -- requests in this second, or for a rate below 1 in the time that one takes
   local window = math.max(1, 1 / tenant.rate)
@@ -160,7 +161,7 @@ function edge.authenticate(method)
 end
 
 function edge.forbid()
-  return refuse(403, "This is not served here.")
+  return refuse(403, SENTENCES[403])
 end
 
 -- Takes the first free place for a stream; a place comes free when its lease ends. `add` is atomic: no two get the same.
@@ -319,7 +320,7 @@ end
 local function known_model(name)
   local model = name and MODELS[name]
   if not model then
-    return refuse(403, "This is not served here.")
+    return refuse(403, SENTENCES[403])
   end
   ngx.var.model = name
   return model

@@ -22,6 +22,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import page_files
 import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -248,6 +249,18 @@ def test_a_tenant_is_served_over_grpc_and_http_on_one_port(secure: Secure) -> No
     assert {output["name"] for output in answer["outputs"]} == {"SPEECH", "FRAMES"}
 
 
+def test_the_page_is_served_without_a_key_and_nothing_beside_it(secure: Secure) -> None:
+    page_files.check(lambda method, path, headers: secure.http(method, path, tenant=None, headers=headers))
+    for path in ("/nothing", "/package.json", "/v2/models/vad/infer", "/v2/models/tts/infer"):
+        assert secure.http("GET", path, tenant=None)[0] == http.HTTPStatus.UNAUTHORIZED, path
+
+
+def test_speech_is_detected_for_a_tenant(secure: Secure) -> None:
+    audio = {"name": "AUDIO", "datatype": "FP32", "shape": [1, clock.WINDOW], "data": [0.0] * clock.WINDOW}
+    status, _, answer = secure.http("POST", "/v2/models/vad/infer", json.dumps({"inputs": [audio]}).encode())
+    assert (status, len(answer["outputs"][0]["data"])) == (http.HTTPStatus.OK, clock.CHUNK_FRAMES)
+
+
 def test_the_clock_and_health_can_be_read(secure: Secure) -> None:
     request = service_pb2.ModelConfigRequest(name="animate").SerializeToString()
     answer = service_pb2.ModelConfigResponse.FromString(secure.grpc(f"{SERVICE}/ModelConfig", request))
@@ -381,13 +394,13 @@ def test_of_tritons_grpc_only_inference_and_health_pass(secure: Secure) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        *("/", "/v2", "/v2/", "/metrics", "/v2/models/stats", "/v2/models/animate", "/v2/models/animate/stats"),
+        *("/v2", "/v2/", "/metrics", "/v2/models/stats", "/v2/models/animate", "/v2/models/animate/stats"),
         *("/v2/models/animate/versions/1/stats", "/v2/models/animate/versions/1/infer", "/v2/models/animate/generate"),
         *("/v2/repository/index", "/v2/repository/models/animate/load", "/v2/repository/models/animate/unload"),
         *("/v2/systemsharedmemory/status", "/v2/systemsharedmemory/region/r/register", "/v2/cudasharedmemory/status"),
         *("/v2/trace/setting", "/v2/models/animate/trace/setting", "/v2/logging", "/v2/health/", "/nginx_status"),
-        *("/v2/models/vad/infer", "/v2/models/avatar/infer", "/v2/models/vad/config", "/v2/models/../metrics"),
-        *("/v2/models/animate/../vad/infer", "/v2/models/animate/%2e%2e/vad/infer", "/v2/models/vad%2finfer"),
+        *("/v2/models/asr/infer", "/v2/models/avatar/infer", "/v2/models/asr/config", "/v2/models/../metrics"),
+        *("/v2/models/animate/../asr/infer", "/v2/models/animate/%2e%2e/asr/infer", "/v2/models/asr%2finfer"),
         *("//v2/models/stats", "/v2/models/animate/infer/", "/v2/models/ANIMATE/infer", "/v2/health/../models/stats"),
     ],
 )
@@ -398,8 +411,8 @@ def test_of_tritons_http_only_inference_and_health_pass(secure: Secure, path: st
         assert answer == {"error": "This is not served here."}
 
 
-@pytest.mark.parametrize("model", ["vad", "avatar", "deformation", "asr", "audio_encoder", "", "animate2", "anim\0ate"])
-def test_only_whole_pipelines_can_be_asked_for(secure: Secure, model: str) -> None:
+@pytest.mark.parametrize("model", ["avatar", "deformation", "asr", "audio_encoder", "", "animate2", "VAD", "anim\0ate"])
+def test_the_steps_inside_pipelines_cannot_be_asked_for(secure: Secure, model: str) -> None:
     request = chunk(model=model)
     assert secure.refused(request).code() == grpc.StatusCode.PERMISSION_DENIED
     twice = chunk().SerializeToString() + request.SerializeToString()  # the last of two names counts
@@ -440,7 +453,10 @@ def test_what_is_packed_is_refused(secure: Secure) -> None:
     assert secure.http("POST", "/v2/models/animate/infer", http_chunk(), headers=headers)[0] == 415
 
 
-@pytest.mark.parametrize(("model", "size"), [("transcribe", 3 << 20), ("animate", 400_000), ("rasterizer", 5000)])
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [("transcribe", 3 << 20), ("animate", 400_000), ("vad", 400_000), ("rasterizer", 5000), ("tts", 5000)],
+)
 def test_an_oversized_request_is_refused(secure: Secure, model: str, size: int) -> None:
     request = service_pb2.ModelInferRequest(model_name=model, raw_input_contents=[bytes(size)])
     error = secure.refused(request)
