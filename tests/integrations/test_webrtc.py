@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
+import time
+from collections.abc import Callable
 from typing import Any
 
+import av
 import numpy as np
 import pytest
+from aiortc import MediaStreamTrack, RTCPeerConnection
 from aiortc.mediastreams import MediaStreamError
+from scripted_server import ScriptedServer
 from simulated_server import THE_CLOCK, SimulatedServer, simulate
 
-from talksplat_client.webrtc import SAMPLE_RATE, AvatarTracks
+from talksplat.server import Ports, Server
+from talksplat_client import AsyncClient, ServerUnavailableError, Timeout, UnknownAvatarError
+from talksplat_client.webrtc import SAMPLE_RATE, AvatarTracks, prefer_h264
 
 FRAME = 1 / THE_CLOCK.fps
 PACKET = 0.02
@@ -32,28 +41,28 @@ def test_sound_and_picture_stay_together_for_ten_minutes_though_their_clocks_dri
     said = steps(60 * minutes)
 
     async def work() -> tuple[Table, Table]:
-        time = asyncio.get_running_loop().time  # the frames' clock
+        now = asyncio.get_running_loop().time  # the frames' clock
         tracks = await AvatarTracks.load(SimulatedServer().client(), "ava")
         heard: list[tuple[float, float, float]] = []  # when, pts, and how loud
         seen: list[tuple[float, float, float]] = []  # when, pts, and how bright
 
         async def speak() -> None:  # live, by the clock of some far microphone
             for number, packet in enumerate(np.split(said, 10 * 60 * minutes)):
-                await asyncio.sleep(max(0.0, 0.1 * number * (1 - drift) - time()))
+                await asyncio.sleep(max(0.0, 0.1 * number * (1 - drift) - now()))
                 tracks.say(packet, SAMPLE_RATE)
 
         async def listen() -> None:  # by the clock of a loudspeaker
             for number in range(round((60 * minutes + 2) / PACKET)):
-                await asyncio.sleep(max(0.0, number * PACKET * (1 + drift) - time()))
+                await asyncio.sleep(max(0.0, number * PACKET * (1 + drift) - now()))
                 packet = await tracks.audio.recv()
                 assert packet.pts is not None
-                heard.append((time(), packet.pts / SAMPLE_RATE, packet.to_ndarray()[0, packet.samples // 2]))
+                heard.append((now(), packet.pts / SAMPLE_RATE, packet.to_ndarray()[0, packet.samples // 2]))
 
         async def look() -> None:
             while True:
                 picture = await tracks.video.recv()
                 assert picture.time is not None
-                seen.append((time(), picture.time, bytes(picture.planes[0])[0]))
+                seen.append((now(), picture.time, bytes(picture.planes[0])[0]))
 
         looking = asyncio.create_task(look())
         await asyncio.gather(speak(), listen())
@@ -74,3 +83,133 @@ def test_sound_and_picture_stay_together_for_ten_minutes_though_their_clocks_dri
     assert np.count_nonzero(heard[:, 2]) >= 0.999 * np.count_nonzero(said[480::960])
     drifted = abs(heard[-1, 0] - heard[-1, 1]) - abs(heard[50, 0] - heard[50, 1])
     assert drift < 0 or drifted > 0.04  # a loudspeaker that is late would be 60 ms behind frames by themselves
+
+
+class Viewer:
+    """The other end of a connection, and what came."""
+
+    def __init__(self) -> None:
+        self.connection = RTCPeerConnection()
+        self.pictures: list[av.VideoFrame] = []
+        self.sounds: list[tuple[float, Table]] = []  # when each came, and its samples
+        self._tasks: list[asyncio.Task[None]] = []
+        self.connection.on("track", lambda track: self._tasks.append(asyncio.create_task(self._take(track))))
+
+    async def see(self, tracks: AvatarTracks) -> RTCPeerConnection:
+        """Connect."""
+        sending = RTCPeerConnection()
+        sending.addTrack(tracks.video)
+        sending.addTrack(tracks.audio)
+        prefer_h264(sending)
+        await sending.setLocalDescription(await sending.createOffer())
+        await self.connection.setRemoteDescription(sending.localDescription)
+        await self.connection.setLocalDescription(await self.connection.createAnswer())
+        await sending.setRemoteDescription(self.connection.localDescription)
+        return sending
+
+    def loud(self) -> list[float]:
+        return [when for when, samples in self.sounds if np.abs(samples).max() > 300]
+
+    async def close(self) -> None:
+        await self.connection.close()
+        await asyncio.wait_for(asyncio.gather(*self._tasks), 10)
+
+    async def _take(self, track: MediaStreamTrack) -> None:
+        with contextlib.suppress(MediaStreamError):
+            while True:
+                frame = await track.recv()
+                if isinstance(frame, av.VideoFrame):
+                    self.pictures.append(frame)
+                elif isinstance(frame, av.AudioFrame):
+                    self.sounds.append((time.monotonic(), frame.to_ndarray().astype(np.float64)))
+
+
+async def play(track: MediaStreamTrack) -> None:
+    while True:
+        await track.recv()
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_viewer_gets_h264_with_growing_pts_and_the_sound_that_was_said(server: Server) -> None:
+    tone = (8_000 * np.sin(2 * np.pi * 440 / SAMPLE_RATE * np.arange(SAMPLE_RATE))).astype(np.int16)  # a second
+    tasks = asyncio.all_tasks()
+    async with AsyncClient(server.grpc_url) as client:
+        tracks, viewer = await AvatarTracks.load(client, "red"), Viewer()
+        sending = await viewer.see(tracks)
+        payload = re.search(r"^m=video \d+ \S+ (\d+)", viewer.connection.localDescription.sdp, re.MULTILINE)
+        assert payload is not None
+        assert f"a=rtpmap:{payload[1]} H264/90000" in viewer.connection.localDescription.sdp
+
+        await wait_until(lambda: len(viewer.pictures) > 5)
+        assert not viewer.loud()
+        tracks.say(tone, SAMPLE_RATE)
+        tracks.finish()
+        await wait_until(lambda: len(viewer.loud()) >= 50)  # packets of 20 ms
+        await asyncio.sleep(0.5)
+        assert len(viewer.loud()) <= 53  # Opus rings a little
+
+        for _ in range(20):
+            tracks.say(tone, SAMPLE_RATE)
+        await wait_until(lambda: len(viewer.loud()) > 80)
+        interrupted = time.monotonic()
+        await tracks.interrupt()
+        await asyncio.sleep(0.5)
+        assert viewer.loud()[-1] < interrupted + 0.3
+
+        pts = [picture.pts for picture in viewer.pictures if picture.pts is not None]
+        assert np.diff(pts).min() > 0
+        assert np.median(np.diff(pts)) == 90_000 / THE_CLOCK.fps
+        assert {(picture.width, picture.height, picture.format.name) for picture in viewer.pictures} == {
+            (64, 64, "yuv420p")
+        }
+        red, green, blue = viewer.pictures[-1].to_ndarray(format="rgb24")[24:40, 24:40].mean((0, 1))
+        assert red > 1.5 * max(green, blue)
+        await tracks.close()
+        await sending.close()
+        await viewer.close()
+        with pytest.raises(MediaStreamError):
+            await tracks.video.recv()
+        with pytest.raises(MediaStreamError):
+            await tracks.audio.recv()
+    await asyncio.sleep(0.1)
+    assert asyncio.all_tasks() <= tasks
+
+
+async def test_an_unknown_avatar_and_an_absent_server_are_told_at_once(server: Server) -> None:
+    async with AsyncClient(server.grpc_url) as client:
+        with pytest.raises(UnknownAvatarError):
+            await AvatarTracks.load(client, "nobody")
+    async with AsyncClient(f"127.0.0.1:{Ports.free().grpc}", timeout=Timeout(connect=0.5)) as client:
+        with pytest.raises(ServerUnavailableError):
+            await AvatarTracks.load(client, "red")
+
+
+async def test_tracks_end_when_the_server_is_lost_and_who_speaks_is_told_why() -> None:
+    with ScriptedServer() as server:
+        async with AsyncClient(server.url, timeout=Timeout(recovery=0.2)) as client:
+            tracks = await AvatarTracks.load(client, "ava", size=8)
+            await tracks.audio.recv()
+            server.stop()
+            with pytest.raises(MediaStreamError):
+                await asyncio.wait_for(play(tracks.audio), 10)
+            assert tracks.video.readyState == "ended"
+            with pytest.raises(ServerUnavailableError):
+                tracks.say(steps(1), SAMPLE_RATE)
+            await tracks.close()
+
+
+def test_frames_that_nobody_takes_in_time_are_left_out() -> None:
+    async def work() -> float:
+        tracks = await AvatarTracks.load(SimulatedServer().client(), "ava")
+        for _ in range(100):  # two seconds
+            await tracks.audio.recv()
+        picture = await tracks.video.recv()
+        await tracks.close()
+        return float(picture.time or 0)
+
+    assert 1.9 < simulate(work()) < 2
