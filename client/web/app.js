@@ -30,7 +30,7 @@ const STAGES = [
   ["reply", "Reply"],
   ["voice", "Voice"],
   ["firstFrame", "First frame"],
-  ["answer", "All of the answer"],
+  ["answer", "Until the answer"],
   ["interruption", "Interruption"],
 ];
 
@@ -337,7 +337,7 @@ document.addEventListener("visibilitychange", () => {
 // ── ways to make it talk ────────────────────────────────────────────────────────────────────────────────────────────
 
 for (const gesture of ["pointerdown", "keydown"]) {
-  document.addEventListener(gesture, () => player?.unlock().catch(() => {}), { capture: true });
+  document.addEventListener(gesture, () => player?.unlock(), { capture: true });
 }
 
 talk.addEventListener("click", async () => {

@@ -1,5 +1,8 @@
 /** Draws each frame, and plays its sound, when its time on the audio clock comes. */
 
+import { pause } from "./triton.js";
+
+const PATIENCE = 1; // seconds that a sound card may take to begin
 const REFRESH_AHEAD = 0.008; // seconds: what is drawn now is seen at the screen's next refresh
 const MARGIN = 0.005; // seconds between scheduling a sound and its begin
 const FADE = 0.015; // seconds in which a sound that is broken off falls silent
@@ -60,7 +63,7 @@ export class Player {
     requestAnimationFrame(draw);
   }
 
-  /** Begin to use the sound card; to be called in a gesture. */
+  /** Begin to use the sound card; to be called in a gesture. Where there is none, it goes on without. */
   async unlock() {
     if (!this.#context) {
       // at the server's rate, so that consecutive sounds join without a seam
@@ -68,7 +71,9 @@ export class Player {
       this.#volume = new GainNode(this.#context);
       this.#volume.connect(this.#context.destination);
     }
-    if (this.#context.state !== "running") await this.#context.resume();
+    if (this.#context.state !== "running") {
+      await Promise.race([this.#context.resume(), pause(PATIENCE)]).catch(() => {});
+    }
   }
 
   /** Seconds; never goes back. */

@@ -3,7 +3,7 @@
 import { Clock } from "./clock.js";
 
 const LENGTH_BYTES = 4; // that stand before each string, little-endian
-const RETRY = { first: 0.1, factor: 2, longest: 2 }; // pauses, in seconds
+const RETRY = { first: 0.1, factor: 2, longest: 1 }; // pauses, in seconds
 const TIMEOUT = 10; // seconds that one attempt at a chunk, a window or a piece of voice may take
 const RECOVERY = 15; // seconds for which a lost server is asked again, by whoever need not insist
 
