@@ -8,7 +8,10 @@ test_messages.py. Blocks of ``python`` are programs, run there too.
 from __future__ import annotations
 
 import argparse
+import functools
+import http.server
 import importlib
+import json
 import os
 import re
 import shlex
@@ -16,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 import wave
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +28,7 @@ from pathlib import Path
 import av
 import compose
 import helm
+import numpy as np
 import pytest
 from documents import Page
 from make_avatar import write_avatar
@@ -58,26 +63,28 @@ def by_parser(words: list[str], _: Path) -> None:
         parser.parse_args(arguments)
 
 
-def by_module_help(words: list[str], _: Path) -> None:
-    """The module's own help names all options."""
+@functools.cache
+def said(*command: str) -> str:
+    """What Python prints."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def by_help(words: list[str], _: Path) -> None:
+    """The help of a program of Python names all options."""
     module = words[words.index("-m") + 1]
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    options = {word for word in words[words.index(module) + 1 :] if word.startswith("--")}
-    assert options <= set(re.findall(r"--[\w-]+", done.stdout)), done.stdout
+    options = {word for word in words if word.startswith("--")}
+    assert options <= set(re.findall(r"--[\w-]+", said("-m", module, "--help")))
 
 
 def by_locust(words: list[str], _: Path) -> None:
-    """Locust reads all options, the locustfile's own ones too, and lists the users instead of running any."""
-    arguments = words[3:] if words[1:3] == ["-m", "loadtests"] else words[1:]
-    file = [] if "-f" in arguments else ["-f", "loadtests/locustfile.py"]
-    named = [word for word in arguments if word.endswith("User")]
-    done = subprocess.run(
-        [sys.executable, "-m", "locust", *file, *arguments, "--list"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert set(named) <= set(re.findall(r"\w+User", done.stdout + done.stderr))
+    """Locust's help names all options, the locustfile's own among them, and it knows the users."""
+    known = said("-c", "import loadtests.locustfile, locust.argument_parser as p; p.get_parser().print_help()")
+    options = {word for word in words if word.startswith("--")}
+    assert options <= set(re.findall(r"--[\w-]+", known))
+    users = {word for word in words if word.endswith("User")}
+    assert users <= set(re.findall(r"\w+User", (ROOT / "loadtests" / "locustfile.py").read_text()))
 
 
 def by_helm(words: list[str], folder: Path) -> None:
@@ -119,6 +126,13 @@ def by_compose(words: list[str], _: Path) -> None:
     parser.parse_args(words[2:])
 
 
+def by_extras(words: list[str], _: Path) -> None:
+    """The package has the extras."""
+    project = tomllib.loads((ROOT / "client" / "pyproject.toml").read_text())["project"]
+    (extras,) = re.findall(r"\./client\[(.+)\]", " ".join(words))
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+
+
 @dataclass(frozen=True)
 class NotRun:
     """Commands that the tests do not run."""
@@ -139,10 +153,11 @@ NOT_RUN = [
     ),
     NotRun(r"talksplat-export experiment (?!.*--check)", "takes minutes: tests/export/test_experiment.py", by_parser),
     NotRun(r"locust |python -m loadtests( |$)", "takes minutes: tests/loadtests/test_locust.py", by_locust),
-    NotRun(r"python -m loadtests\.\w+", "takes minutes: tests/loadtests", by_module_help),
+    NotRun(r"python -m loadtests\.\w+", "takes minutes: tests/loadtests", by_help),
     NotRun(r"docker compose ", "needs Docker's engine: tests/deploy/test_compose.py", by_compose),
     NotRun(r"helm install ", "needs a cluster: tests/deploy/test_chart.py", by_helm),
     NotRun(r"kubectl create ", "needs a cluster", by_kubectl),
+    NotRun(r"python -m pip install ", "changes the environment", by_extras),
 ]
 
 
@@ -185,6 +200,7 @@ def test_nothing_is_listed_that_is_not_in_the_docs() -> None:
         "talksplat-server up --no-such-option",
         "talksplat-export fit --no-such-option",
         "docker compose --profile tpu up",
+        "python -m pip install './client[no-such-extra]'",
     ],
 )
 def test_a_wrong_command_would_be_found(command: str, tmp_path: Path) -> None:
@@ -200,8 +216,10 @@ def test_a_wrong_command_would_be_found(command: str, tmp_path: Path) -> None:
 class Checkout:
     """A folder that looks like the checkout to the docs' commands, and where what they write stays."""
 
-    def __init__(self, folder: Path, server: Server, secure: edge.Address) -> None:
+    def __init__(self, folder: Path, server: Server, secure: edge.Address, voice: str) -> None:
         self.folder = folder
+        self._environment = {name: value for name, value in os.environ.items() if not name.startswith("TALKSPLAT")}
+        self._environment |= {"OPENAI_BASE_URL": voice, "OPENAI_API_KEY": "none"}
         self._addresses = {GRPC: server.grpc_url, HTTP: server.http_url, SECURE: secure.url}
         for path in ROOT.iterdir():
             if path.suffix not in (".md",) and path.name not in ("runs", "bench", ".git", ".venv", ".env"):
@@ -235,14 +253,41 @@ class Checkout:
             stderr=subprocess.STDOUT,
             text=True,
             timeout=PATIENCE,
-            env={name: value for name, value in os.environ.items() if not name.startswith("TALKSPLAT")},
+            env=self._environment,
         )
         assert done.returncode == 0, f"{text}\n{done.stdout}"
         return done.stdout
 
 
+class FakeVoice(http.server.BaseHTTPRequestHandler):
+    """Stands for a server of OpenAI's kind, which can't be had here: whatever is to be said, it beeps for a second."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        assert self.path == "/v1/audio/speech"
+        assert asked["response_format"] == "pcm"
+        time = np.arange(24_000) / 24_000
+        self.send_response(http.HTTPStatus.OK)
+        self.end_headers()
+        self.wfile.write((8000 * np.sin(2 * np.pi * 200 * time)).astype("<i2").tobytes())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
-def checkout(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
+def voice() -> Iterator[str]:
+    """Where the fake voice is."""
+    with http.server.ThreadingHTTPServer((HOST, 0), FakeVoice) as served:
+        thread = threading.Thread(target=served.serve_forever)
+        thread.start()
+        yield f"http://{HOST}:{served.server_port}/v1"
+        served.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def checkout(server: Server, voice: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
     """With a recording to animate, and as if an avatar `kim` had been fitted and `make serve-secure` ran."""
     folder = tmp_path_factory.mktemp("checkout")
     write_avatar(server.avatars, "kim")
@@ -252,7 +297,7 @@ def checkout(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         port=Ports.free().http,
     )
     address.certificate.parent.mkdir(parents=True)
-    made = Checkout(folder, server, address)
+    made = Checkout(folder, server, address, voice)
     encode(folder / "speech.mp3")
     first = edge.make_tenants(folder / "runs" / "secure" / "tenants.toml")
     (folder / "first.key").write_text(first)
