@@ -65,7 +65,7 @@ const answers = element("answers", HTMLElement);
 const settings = element("settings", HTMLDialogElement);
 const settingsForm = /** @type {HTMLFormElement} */ (settings.querySelector("form"));
 const settingsProblem = element("settings-problem", HTMLElement);
-const summary = element("summary", HTMLOutputElement);
+const summary = element("summary", HTMLElement);
 const meter = /** @type {HTMLDetailsElement} */ (document.querySelector(".meter"));
 const stageList = element("stages", HTMLElement);
 
