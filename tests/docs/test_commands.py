@@ -126,11 +126,15 @@ def by_compose(words: list[str], _: Path) -> None:
     parser.parse_args(words[2:])
 
 
-def by_extras(words: list[str], _: Path) -> None:
-    """The package has the extras."""
+def by_pins(words: list[str], _: Path) -> None:
+    """The client has the extras; other packages are pinned."""
     project = tomllib.loads((ROOT / "client" / "pyproject.toml").read_text())["project"]
-    (extras,) = re.findall(r"\./client\[(.+)\]", " ".join(words))
-    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    for wanted in words[words.index("constraints.txt") + 1 :]:
+        name, _, extras = wanted.rstrip("]").partition("[")
+        if name == "./client":
+            assert set(extras.split(",")) <= set(project["optional-dependencies"])
+        else:
+            assert f"\n{wanted}==" in (ROOT / "constraints.txt").read_text()
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,9 @@ class NotRun:
 
 NOT_RUN = [
     NotRun(r"make [a-z]", "takes minutes, or serves until stopped: its parts have tests", by_make),
-    NotRun(r"talksplat-server (up|secure|edge)\b", "serves until stopped: the tests' server stands for it", by_parser),
+    NotRun(
+        r"talksplat-server (up|web|secure|edge)\b", "serves until stopped: the tests' server stands for it", by_parser
+    ),
     NotRun(r"talksplat-export fit ", "takes 20 minutes: tests/export/test_fit.py", by_parser),
     NotRun(r"talksplat-export quality ", "needs a person's recording: tests/export/test_quality.py", by_parser),
     NotRun(r"talksplat-export (models|aot|tensorrt) ", "takes minutes, or a GPU: tests/export", by_parser),
@@ -157,7 +163,7 @@ NOT_RUN = [
     NotRun(r"docker compose ", "needs Docker's engine: tests/deploy/test_compose.py", by_compose),
     NotRun(r"helm install ", "needs a cluster: tests/deploy/test_chart.py", by_helm),
     NotRun(r"kubectl create ", "needs a cluster", by_kubectl),
-    NotRun(r"python -m pip install ", "changes the environment", by_extras),
+    NotRun(r"python -m pip install ", "changes the environment", by_pins),
 ]
 
 
@@ -200,7 +206,7 @@ def test_nothing_is_listed_that_is_not_in_the_docs() -> None:
         "talksplat-server up --no-such-option",
         "talksplat-export fit --no-such-option",
         "docker compose --profile tpu up",
-        "python -m pip install './client[no-such-extra]'",
+        "python -m pip install -c constraints.txt './client[no-such-extra]'",
     ],
 )
 def test_a_wrong_command_would_be_found(command: str, tmp_path: Path) -> None:
