@@ -5,9 +5,9 @@
 step that breaks is run once more before it counts, since a virtual machine hiccups; ``rows`` has the run that counted
 of each number, ``runs`` all of them. ``plain`` and ``plain_runs`` are the same with the server of `loadtests.plain`,
 driven by the same generator. Further tables: flat-out frames per second; what a stream costs alone, beside others,
-silent and idle; what loaded avatars cost while nobody speaks; preloads under load; a thousand switches of avatars; how
-much of a second core the second processor is. The generator runs on the same machine: its own share stands in every
-row. ``capacity.png`` draws the curves.
+silent, idle and listening; what loaded avatars cost while nobody speaks; preloads under load; a thousand switches of
+avatars; how much of a second core the second processor is. The generator runs on the same machine: its own share stands
+in every row. ``capacity.png`` draws the curves.
 
     python -m loadtests.capacity --json bench/capacity.json
 """
@@ -56,7 +56,7 @@ class Plan:
     confirm_seconds: float = 20.0
     flat_out: tuple[int, ...] = (1, 8)  # streams
     flat_out_seconds: float = 5.0
-    at_rest: int = 8  # streams that are idle, silent or speaking
+    at_rest: int = 8  # streams that are idle, listening, silent or speaking
     crowd: int = 100  # further avatars on disk
     still_seconds: float = 4.0  # of a server that nobody asks for anything
     preloads: int = 8  # under load, one a second
@@ -262,7 +262,7 @@ class Bench:
         }
 
     def cost(self, held: dict[int, int]) -> list[Row]:
-        """A stream's processor time: one alone, as many as hold, idle for the first time and from then on, silent."""
+        """A stream's processor time: one alone, as many as hold, at rest for the first time and again, silent."""
         size, streams = self.plan.sizes[0][0], self.plan.at_rest
         runs: list[tuple[str, int, Kind]] = [
             ("one alone", 1, "speaking"),
@@ -270,6 +270,8 @@ class Bench:
             ("speaking", streams, "speaking"),
             ("idle, first time", streams, "idle"),  # each of the frames is drawn once
             ("idle", streams, "idle"),
+            ("listening, first time", streams, "listening"),
+            ("listening", streams, "listening"),
             ("silent", streams, "silent"),
         ]
         rows: list[Row] = []

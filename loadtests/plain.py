@@ -31,6 +31,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 import uvicorn
 from fastapi import FastAPI, Request, Response
@@ -41,6 +42,8 @@ from talksplat import clock
 from talksplat.animator import Animator, Chunk, Options
 from talksplat.framing import RequestError
 from talksplat.server import HOST, ROOT
+
+Float32 = npt.NDArray[np.float32]
 
 START_SECONDS = 30.0
 NET_THREADS = 1  # at 0.2 to 2 ms a net, two threads cost more than they bring
@@ -54,7 +57,7 @@ class Pipeline:
             _net(repository / name / "1" / "model.onnx") for name in ("audio_encoder", "vad", "deformation")
         )
         self._head = functools.lru_cache(None)(functools.partial(bundle.read_adapter, avatars))
-        self._animator = Animator(avatars)
+        self.animator = Animator(avatars)
 
     def animate(self, audio: bytes, avatar: str, frame_index: int, options: Options) -> list[bytes]:
         """The frames, as JPEG.
@@ -66,16 +69,24 @@ class Pipeline:
         """
         if len(audio) != 4 * clock.WINDOW:
             raise RequestError(f"The body has {len(audio)} bytes, expected {4 * clock.WINDOW}: f32 [{clock.WINDOW}].")
-        window = np.frombuffer(audio, "<f4")[None]
-        head_in, head_out = self._head(avatar)
-        [features] = self._encoder.run(["FEATURES"], {"AUDIO": window})
-        [speech] = self._vad.run(["SPEECH"], {"AUDIO": window})
-        feeds = {"FEATURES": features, "ADAPTER_IN": head_in[None], "ADAPTER_OUT": head_out[None]}
-        [motion] = self._deformation.run(["COEFFICIENTS"], feeds)
-        [frames] = self._animator.render([Chunk(avatar, motion[0], speech[0], frame_index, options)])
+        motion, speech = self.motion(np.frombuffer(audio, "<f4"), avatar)
+        [frames] = self.animator.render([Chunk(avatar, motion, speech, frame_index, options)])
         if isinstance(frames, Exception):
             raise frames
         return frames
+
+    def motion(
+        self,
+        window: Float32,  # [WINDOW]
+        avatar: str,
+    ) -> tuple[Float32, Float32]:  # [4, 20] coefficients, [4] probability
+        """What a window of audio makes of a face, and whether it is speech; raises as `animate` does."""
+        head_in, head_out = self._head(avatar)
+        [features] = self._encoder.run(["FEATURES"], {"AUDIO": window[None]})
+        [speech] = self._vad.run(["SPEECH"], {"AUDIO": window[None]})
+        feeds = {"FEATURES": features, "ADAPTER_IN": head_in[None], "ADAPTER_OUT": head_out[None]}
+        [motion] = self._deformation.run(["COEFFICIENTS"], feeds)
+        return motion[0], speech[0]
 
 
 def _net(path: Path) -> ort.InferenceSession:

@@ -35,7 +35,7 @@ from loadtests.slo import CHUNK_SECONDS, FIRST_DUE_SECONDS, Float64, Playout, du
 from talksplat import clock
 from talksplat.server import ROOT
 
-Kind: TypeAlias = Literal["speaking", "silent", "idle"]
+Kind: TypeAlias = Literal["speaking", "silent", "idle", "listening"]
 
 FLAT_OUT_WARM_UP_SECONDS = 1.0
 TIMEOUT_SECONDS = 5.0  # of one request
@@ -63,8 +63,9 @@ class Ask:
     size: int  # pixels a side
     seed: int
     frame_index: int  # of the first chunk's first frame
-    audio: bytes | None  # f32 [chunks, WINDOW], None of idle ones
+    audio: bytes | None  # f32 [chunks, WINDOW], None of idle and listening ones
     chunks: int = 1
+    listening: int = 0  # percent
 
 
 class Connection(Protocol):
@@ -126,6 +127,8 @@ class Triton:
         )
         head.parameters["size"].int64_param = ask.size
         head.parameters["seed"].int64_param = ask.seed
+        if ask.listening:
+            head.parameters["listening"].int64_param = head.parameters["listening_before"].int64_param = ask.listening
         if self.deadline_ms is not None:
             head.parameters["deadline_ms"].int64_param = self.deadline_ms
         if self.format != "jpeg":
@@ -430,9 +433,10 @@ class _Run:
     async def _ask(self, connection: Connection, stream: Stream, numbers: range) -> str | None:
         """Ask for chunks; None, or the status where no frames came."""
         begin, chunks = stream.offset + numbers[0], len(numbers)
-        audio = {"speaking": self._speech(begin % len(self.voice), chunks), "silent": SILENCE * chunks, "idle": None}
+        audio = {"speaking": self._speech(begin % len(self.voice), chunks), "silent": SILENCE * chunks}
+        listening = 100 if stream.kind == "listening" else 0
         frame_index = stream.first_frame_index + numbers[0] * clock.CHUNK_FRAMES
-        ask = Ask(stream.avatar, self.load.size, stream.viewer, frame_index, audio[stream.kind], chunks)
+        ask = Ask(stream.avatar, self.load.size, stream.viewer, frame_index, audio.get(stream.kind), chunks, listening)
         try:
             frames = await connection.ask(ask)
         except AskError as error:

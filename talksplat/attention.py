@@ -1,9 +1,10 @@
 """What a face does besides its lips: where it looks, how it blinks, nods and sways, idle, listening or speaking.
 
-Everything follows from the frame's index, a seed and how much the face listens, so any server draws any frame. Idle, it
-looks aside now and then. Listening, it looks at the viewer with wider eyes, blinks half as often, and nods. Speaking,
-it sways a little. A nod is a walk along the recorded plates, so all of the head takes part, and the drawn face goes a
-little further: it turns by no more than 1.25 degrees against the plate, where no rim shows.
+Everything follows from the frame's index, a seed, and how much the face listens and speaks, so any server draws any
+frame. Idle, it looks aside now and then. Listening, it looks at the viewer with wider eyes, blinks half as often, and
+nods. Speaking, it looks aside in pauses, if at all, and sways a little. A nod is a walk along the recorded plates, so
+all of the head takes part, and the drawn face goes a little further: it turns by no more than 1.25 degrees against the
+plate, where no rim shows.
 
 A pose has few values, in whole steps, and looks and nods come again with the plates: a frame at rest that was drawn
 once can be sent again, to whoever watches.
@@ -33,14 +34,15 @@ ALERT = 0.125  # how much wider the lids of a listener are open
 
 LOOK_STEP = 1e-4  # metres that the iris moves
 ASIDE = ((-25, 6), (24, 2), (-18, -5))  # steps to the viewer's right, down: where idle eyes go, if not to the viewer
+SPEAKERS_LOOK = 0.7  # how much of a look aside a voice takes back
 LOOK_FRAMES = 75  # (3 s) that a look lasts
 LOOP_FRAMES = 600  # (24 s) after which looks and nods come again, at least
 SACCADE = 3  # frames that the eyes take from one look to the next
 EYE_RADIUS = 0.012  # metres
 MOST_TURN = 15  # steps that the eyes turn at most to stay on the viewer while the head moves
 
-NOD_SLOT = 80  # frames (3.2 s) that hold a nod each, or two in a row, at a place that differs by
-NOD_JITTER = 40  # frames
+NOD_SLOT = 110  # frames (4.4 s) that hold a nod each, or two in a row, at a place that differs by
+NOD_JITTER = 60  # frames
 NOD_FRAMES = 18  # down and up
 NOD_REACH = 20  # plates that a nod goes from where it begins, at most
 NOD_STEP, NOD_STEPS = np.radians(0.25), 5  # by which the drawn face goes further
@@ -76,6 +78,13 @@ def plate_index(frame_index: int, seed: int, plates: int) -> int:
     The first and the last stay for two frames, so that the head stops before it turns back.
     """
     return _folded(_place(frame_index, seed, 2 * plates), plates)
+
+
+def speaking(
+    share: float,  # of the motion that counts, see `animator.gate`
+) -> float:
+    """How much a face speaks, 0 to 1: dips within words hardly count."""
+    return min(1.0, 3 * share)
 
 
 def lids(
@@ -126,6 +135,7 @@ class Head:
         frame_index: int,
         seed: int,
         listening: float = 0.0,  # 0 to 1
+        speaking: float = 0.0,  # 0 to 1
     ) -> Pose:
         """Of a frame."""
         place = _place(frame_index, seed, self.loop)
@@ -134,7 +144,8 @@ class Head:
             depth, way = self.nod(place)
             plate = min(max(round(plate + listening * depth * way), 0), len(self.viewmats) - 1)
             down = round(NOD_STEPS * listening * depth)
-        x, y = (round((1 - listening) * steps) for steps in self.aside(place))
+        idle = (1 - listening) * (1 - SPEAKERS_LOOK * speaking)
+        x, y = (round(idle * steps) for steps in self.aside(place))
         to_x, to_y = self._viewer[plate].tolist()
         to_y -= round(down * NOD_STEP * EYE_RADIUS / LOOK_STEP)
         return Pose(plate, lids(frame_index, seed, listening), down, (x + to_x, y + to_y))

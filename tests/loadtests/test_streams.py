@@ -26,7 +26,7 @@ loads = st.builds(
     streams=st.integers(1, 12),
     avatars=st.just(("red", "green", "blue")),
     seconds=st.floats(0.5, 20),
-    kinds=st.sampled_from([("speaking",), ("speaking", "idle")]),
+    kinds=st.sampled_from([("speaking",), ("speaking", "idle", "listening")]),
     chunks=st.integers(1, 30),
     seed=st.integers(0, 5),
 )
@@ -76,6 +76,11 @@ def test_a_request_is_one_message_with_all_inputs() -> None:
     idle = service_pb2.ModelInferRequest.FromString(Triton("host:1").request("viewer-2", Ask("red", 256, 7, 40, None)))
     assert idle.model_name == "rasterizer"
     assert set(inputs(idle)) == {"AVATAR", "FRAME_INDEX"}
+    listening = service_pb2.ModelInferRequest.FromString(
+        Triton("host:1").request("viewer-2", Ask("red", 256, 7, 40, None, listening=100))
+    )
+    parameters = {name: value.int64_param for name, value in listening.parameters.items()}
+    assert parameters == {"size": 256, "seed": 7, "listening": 100, "listening_before": 100}
 
 
 def recording(path: Path, *parts: np.ndarray[Any, Any], rate: int = clock.SAMPLE_RATE) -> Path:
