@@ -2,7 +2,8 @@
 
 A page's blocks of ``sh`` are one script, run in a folder that looks like the checkout, against the real server. Its
 blocks of ``text`` are what that script prints, with other numbers; those of ``text quoted`` are what sources say, see
-test_messages.py. Blocks of ``python`` are programs, run there too.
+test_messages.py. Blocks of ``python`` are programs, run there too, and those of ``python excerpt`` are lines of one of
+client/examples.
 """
 
 from __future__ import annotations
@@ -365,6 +366,30 @@ def test_the_commands_of_a_page_do_what_it_says(page: Page, checkout: Checkout) 
             words = (re.sub(r"\d+(\\?\.\d+)*", r"[\\d.]+", re.escape(word)) for word in line.split())
             pattern = r"\s+".join(words)
             assert re.search(rf"^\s*{pattern}\s*$", printed, re.MULTILINE), f"{line}\nis not in:\n{printed}"
+
+
+KINDS = [("sh",), ("python",), ("python", "excerpt"), ("text",), ("text", "quoted")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_no_block_escapes_the_tests(page: Path) -> None:
+    others = {block.kind for block in Page(page).blocks} - set(KINDS)
+    assert others <= ({()} if page.name == "README.md" else set())  # where the README draws with letters
+
+
+EXAMPLES = [path.read_text() for path in sorted((ROOT / "client" / "examples").glob("*.py"))]
+EXCERPTS = [
+    pytest.param(block.text, id=f"{page.path.stem}-{block.line}")
+    for page in map(Page, PAGES)
+    for block in page.of_kind("python", "excerpt")
+]
+
+
+@pytest.mark.parametrize("excerpt", EXCERPTS)
+def test_an_excerpt_is_of_an_example(excerpt: str) -> None:
+    """Those are run by tests/integrations."""
+    lines = [line.strip() for line in excerpt.splitlines() if line.strip() not in ("", "...")]
+    assert any(set(lines) <= {line.strip() for line in example.splitlines()} for example in EXAMPLES)
 
 
 PROGRAMS = [
