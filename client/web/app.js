@@ -60,7 +60,7 @@ const say = element("say", HTMLButtonElement);
 const openFile = element("open-file", HTMLButtonElement);
 const file = element("file", HTMLInputElement);
 const stop = element("stop", HTMLButtonElement);
-const captions = element("captions", HTMLOListElement);
+const captions = element("captions", HTMLElement);
 const answers = element("answers", HTMLElement);
 const settings = element("settings", HTMLDialogElement);
 const settingsForm = /** @type {HTMLFormElement} */ (settings.querySelector("form"));
@@ -205,7 +205,7 @@ function caption(who, words, final) {
   subtitle.classList.toggle("yours", who === "you");
   if (!final) return;
   said.push({ who, text: words });
-  const item = document.createElement("li");
+  const item = document.createElement("p");
   item.classList.toggle("yours", who === "you");
   const speaker = document.createElement("span");
   speaker.className = "unseen";
@@ -442,13 +442,13 @@ function showMeter() {
     ...rows.map(([label, value, unit]) => {
       const row = document.createElement("div");
       const term = document.createElement("dt");
-      const bar = document.createElement("span");
       const amount = document.createElement("dd");
+      const bar = document.createElement("span");
       term.textContent = label;
       bar.className = unit && "bar";
       bar.style.setProperty("--share", String(Math.min(1, (value ?? 0) / SLOW_MS)));
-      amount.textContent = value === undefined ? "–" : `${Math.round(value)} ${unit}`.trim();
-      row.append(term, bar, amount);
+      amount.append(bar, value === undefined ? "–" : `${Math.round(value)} ${unit}`.trim());
+      row.append(term, amount);
       return row;
     }),
   );
