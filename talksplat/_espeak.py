@@ -29,7 +29,9 @@ _CHARS_UTF8, _PHONEMES_IPA = 1, 2
 _RATE, _PITCH = 1, 3
 
 # One clause ends here; espeak drops the mark and leaves its pointer up to a letter into the next clause.
-_CLAUSE = re.compile(r"[^,.;:!?]+[,.;:!?]*")
+# A mark in a number or after an abbreviation ends nothing.
+_GO_ON = "".join(rf"(?<!\b{each})" for each in ("Mr", "Mrs", "Ms", "Dr", "Prof", "St", "vs", r"e\.g", r"i\.e"))
+_CLAUSE = re.compile(rf".+?(?:{_GO_ON}[,.;:!?]+(?=\s|$)|$)", re.DOTALL)
 _LANGUAGE_SWITCH = re.compile(r"\([a-z-]+\)")
 
 
@@ -110,6 +112,8 @@ class _Engine:
     def sentences(self, text: str) -> list[str]:
         found, current = [], ""
         for clause in _CLAUSE.findall(text):
+            if not any(map(str.isalnum, clause)):  # it would read the marks out
+                continue
             mark = clause.strip()[-1:]
             current += self._clause_ipa(clause) + (mark if mark in ",.;:!?" else "")
             if mark in (".", "!", "?"):

@@ -67,6 +67,7 @@ class Espeak:
             answer = json.loads(process.stdout.readline())
             samples = process.stdout.read(2 * answer.get("samples", 0))
         except (OSError, ValueError) as error:
+            self.close()
             raise PhonemiserError(f"espeak-ng died, or took more than {self._deadline:g} s.") from error
         finally:
             late.cancel()

@@ -110,6 +110,27 @@ def asks_to_unload(request: Any, parameters: Mapping[str, Any]) -> bool:
     return parameters.get("operation") == "unload" and len(request.inputs()) == 1
 
 
+def ask(
+    model: str,
+    outputs: list[str],
+    **inputs: Any,  # arrays
+) -> list[Any]:
+    """The outputs of another of the server's models, on the CPU: those of plans would stay on the GPU.
+
+    Raises:
+        TritonModelException: it fails.
+    """
+    tensors = [pb_utils.Tensor(name, array) for name, array in inputs.items()]
+    on_cpu = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
+    request = pb_utils.InferenceRequest(
+        model_name=model, inputs=tensors, requested_output_names=outputs, preferred_memory=on_cpu
+    )
+    answer = request.exec()
+    if answer.has_error():
+        raise pb_utils.TritonModelException(f"{model} failed: {answer.error().message()}")
+    return [pb_utils.get_output_tensor_by_name(answer, name).as_numpy() for name in outputs]
+
+
 def response(**outputs: Any) -> Any:
     """A response with these arrays."""
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, output) for name, output in outputs.items()])

@@ -140,6 +140,13 @@ class ScriptedServer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ig
     def _transcribe(self, request: Any, context: Any) -> Any:
         return answer(TEXT=[_text(inputs(request)["AUDIO"])])
 
+    def _tts(self, request: Any, context: Any) -> Any:
+        """Each sample is its number, in pieces of 1,000; a sentence has 700 samples a letter."""
+        given = inputs(request)
+        samples = 700 * len(given["TEXT"])
+        piece = np.arange(given["START"], min(samples, given["START"] + 1000), dtype=np.float32)
+        return answer(AUDIO=piece, SAMPLES=np.array([samples]))
+
     def _rasterizer(self, request: Any, context: Any) -> Any:
         given = inputs(request)
         avatar = given["AVATAR"]
@@ -197,6 +204,9 @@ def answer(**outputs: Any) -> Any:
         if array.dtype.kind == "f":
             tensor.datatype = "FP32"
             response.raw_output_contents.append(array.astype("<f4").tobytes())
+        elif array.dtype.kind == "i":
+            tensor.datatype = "INT64"
+            response.raw_output_contents.append(array.astype("<i8").tobytes())
         else:
             tensor.datatype = "BYTES"
             parts = [struct.pack("<I", len(item)) + item for item in array.astype(object).ravel()]

@@ -238,8 +238,8 @@ class Durations(nn.Module):
         z = noise
         for name in ("7", "5", "3"):
             z = self.flows[name](z.flip(1), condition)
-        z = self.flows["0"](z.flip(1), condition)
-        return z[:, 0].exp()
+        logarithms: Tensor = self.flows["0"](z.flip(1), condition)[:, 0]
+        return logarithms.exp()
 
 
 class EncoderGraph(nn.Module):
@@ -272,12 +272,13 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, C, T] -> [B, C, T]
         """The sum of the skips."""
-        *first, last = zip(self.in_layers, self.res_skip_layers, strict=True)
-        total = torch.zeros_like(x)
-        for heard, mixed in first:
-            rest, skip = mixed(self._gate(heard(x))).chunk(2, dim=1)
-            x, total = x + rest, total + skip
-        y: Tensor = total + last[1](self._gate(last[0](x)))
+        *first, (last_in, last_skip) = zip(self.in_layers, self.res_skip_layers, strict=True)
+        skips = []
+        for layer, res_skip in first:
+            rest, skip = res_skip(self._gate(layer(x))).chunk(2, dim=1)
+            x = x + rest
+            skips.append(skip)
+        y: Tensor = sum(skips, start=last_skip(self._gate(last_in(x))))
         return y
 
     @staticmethod
@@ -320,15 +321,15 @@ class Flow(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two dilated convolutions, each added."""
+    """Two dilated convolutions along the last dim, each added."""
 
     def __init__(self, channels: int, width: int, dilations: tuple[int, int]) -> None:
         super().__init__()
         self.convs = nn.ModuleList(
-            nn.Conv1d(channels, channels, width, dilation=d, padding=d * (width // 2)) for d in dilations
+            nn.Conv2d(channels, channels, (1, width), dilation=(1, d), padding=(0, d * (width // 2))) for d in dilations
         )
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, T] -> [B, C, T]
+    def forward(self, x: Tensor) -> Tensor:  # [B, C, 1, T] -> [B, C, 1, T]
         """Right but for its reach at either end."""
         for conv in self.convs:
             x = x + conv(F.leaky_relu(x, SLOPE))
@@ -339,7 +340,8 @@ class Decoder(nn.Module):
     """HiFi-GAN (https://arxiv.org/abs/2010.05646): `LATENT` [B, C, F + 2 CONTEXT] -> `AUDIO` [B, F * HOP].
 
     What convolutions have padded is cut off at once, so that the finer levels, which cost most, compute little more
-    than what comes out.
+    than what comes out. Convolutions are of pictures one pixel high, for which ONNX Runtime has a layout that takes a
+    fifth less time.
     """
 
     RESIDUALS = ((3, (1, 2)), (5, (2, 6)), (7, (3, 12)))  # widths and dilations; the last one reaches 45 samples
@@ -348,24 +350,24 @@ class Decoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv_pre = nn.Conv1d(CHANNELS, 256, 7)
+        self.conv_pre = nn.Conv2d(CHANNELS, 256, (1, 7))
         sizes = [256 >> level for level in range(len(self.LEVELS) + 1)]
         self.ups = nn.ModuleList(
-            nn.ConvTranspose1d(coarse, fine, width, stride, padding=(width - stride) // 2 + cut)
+            nn.ConvTranspose2d(coarse, fine, (1, width), (1, stride), padding=(0, (width - stride) // 2 + cut))
             for coarse, fine, (width, stride, cut, _) in zip(sizes, sizes[1:], self.LEVELS, strict=False)
         )
         self.resblocks = nn.ModuleList(Residual(size, *each) for size in sizes[1:] for each in self.RESIDUALS)
-        self.conv_post = nn.Conv1d(sizes[-1], 1, 7, bias=False)
+        self.conv_post = nn.Conv2d(sizes[-1], 1, (1, 7), bias=False)
 
     def forward(self, latent: Tensor) -> Tensor:
         """The sound of the frames in the middle."""
-        x = self.conv_pre(latent)
+        x = self.conv_pre(latent.unsqueeze(2))
         count = len(self.RESIDUALS)
         for level, (*_, cut) in enumerate(self.LEVELS):
             x = self.ups[level](F.leaky_relu(x, SLOPE))
             parts = [block(x) for block in self.resblocks[level * count : (level + 1) * count]]
             x = ((parts[0] + parts[1] + parts[2]) / count)[..., cut:-cut]
-        audio: Tensor = torch.tanh(self.conv_post(F.leaky_relu(x))).squeeze(1)
+        audio: Tensor = torch.tanh(self.conv_post(F.leaky_relu(x))).flatten(1)
         return audio
 
 
@@ -400,7 +402,7 @@ def load() -> Voice:
     names["/dp/flows.0/Exp_output_0"] = "dp.flows.0.scale"
     state = {names[each.name]: torch.from_numpy(numpy_helper.to_array(each).copy()) for each in graph.initializer}
     voice = Voice(len(state["enc_p.emb.weight"]))
-    voice.load_state_dict({name: state[name] for name in voice.state_dict()})
+    voice.load_state_dict({name: state[name].reshape(there.shape) for name, there in voice.state_dict().items()})
     return voice.eval()
 
 

@@ -14,7 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 from talksplat import asr
 from talksplat.log import Fields
-from talksplat.triton import Failures, array, response
+from talksplat.triton import Failures, array, ask, response
 
 _log = logging.getLogger("asr")
 
@@ -60,25 +60,14 @@ class TritonPythonModel:
 
 
 def _through_triton() -> asr.Networks:
-    """By requests to Triton's own models, whatever backend serves them: the results of plans would stay on the GPU."""
-    on_cpu = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
-
-    def run(model: str, outputs: list[str], **inputs: Any) -> list[Any]:
-        tensors = [pb_utils.Tensor(name, array) for name, array in inputs.items()]
-        request = pb_utils.InferenceRequest(
-            model_name=model, inputs=tensors, requested_output_names=outputs, preferred_memory=on_cpu
-        )
-        answer = request.exec()
-        if answer.has_error():
-            raise pb_utils.TritonModelException(f"{model} failed: {answer.error().message()}")
-        return [pb_utils.get_output_tensor_by_name(answer, name).as_numpy() for name in outputs]
+    """By requests to Triton's own models, whatever backend serves them."""
 
     def step(token: Any, cross: Any, past: Any) -> tuple[Any, Any]:
-        logits, present = run("asr_decoder", ["LOGITS", "PRESENT_KV"], TOKEN=token, CROSS_KV=cross, PAST_KV=past)
+        logits, present = ask("asr_decoder", ["LOGITS", "PRESENT_KV"], TOKEN=token, CROSS_KV=cross, PAST_KV=past)
         return logits, present
 
     return asr.Networks(
-        vad=lambda windows: run("vad", ["SPEECH"], AUDIO=windows)[0],
-        encoder=lambda audio: run("asr_encoder", ["CROSS_KV"], AUDIO=audio)[0],
+        vad=lambda windows: ask("vad", ["SPEECH"], AUDIO=windows)[0],
+        encoder=lambda audio: ask("asr_encoder", ["CROSS_KV"], AUDIO=audio)[0],
         decoder=step,
     )

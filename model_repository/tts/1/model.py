@@ -16,7 +16,7 @@ from talksplat import speaking
 from talksplat.framing import RequestError
 from talksplat.log import Fields
 from talksplat.phonemiser import Espeak
-from talksplat.triton import Failures, array, response
+from talksplat.triton import Failures, array, ask, response
 
 _log = logging.getLogger("tts")
 
@@ -76,26 +76,15 @@ def _text(data: bytes) -> str:
 
 
 def _through_triton() -> speaking.Networks:
-    """By requests to Triton's own models, whatever backend serves them: the results of plans would stay on the GPU."""
-    on_cpu = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
-
-    def run(model: str, outputs: list[str], **inputs: Any) -> list[Any]:
-        tensors = [pb_utils.Tensor(name, array) for name, array in inputs.items()]
-        request = pb_utils.InferenceRequest(
-            model_name=model, inputs=tensors, requested_output_names=outputs, preferred_memory=on_cpu
-        )
-        answer = request.exec()
-        if answer.has_error():
-            raise pb_utils.TritonModelException(f"{model} failed: {answer.error().message()}")
-        return [pb_utils.get_output_tensor_by_name(answer, name).as_numpy() for name in outputs]
+    """By requests to Triton's own models, whatever backend serves them."""
 
     def encode(tokens: Any, noise: Any) -> tuple[Any, Any, Any]:
         outputs = ["MEANS", "DEVIATIONS", "DURATIONS"]
-        means, deviations, durations = run("tts_encoder", outputs, TOKENS=tokens, NOISE=noise)
+        means, deviations, durations = ask("tts_encoder", outputs, TOKENS=tokens, NOISE=noise)
         return means, deviations, durations
 
     return speaking.Networks(
         encode,
-        flow=lambda prior: run("tts_flow", ["LATENT"], PRIOR=prior)[0],
-        decoder=lambda latent: run("tts_decoder", ["AUDIO"], LATENT=latent)[0],
+        flow=lambda prior: ask("tts_flow", ["LATENT"], PRIOR=prior)[0],
+        decoder=lambda latent: ask("tts_decoder", ["AUDIO"], LATENT=latent)[0],
     )
