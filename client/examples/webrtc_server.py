@@ -1,0 +1,40 @@
+"""An avatar in a browser by WebRTC alone: ``python webrtc_server.py``, beside ``make serve``; it says what you type."""
+
+from pathlib import Path
+
+from aiohttp import web
+from aiortc import RTCPeerConnection, RTCSessionDescription
+
+from talksplat_client import AsyncClient
+from talksplat_client.webrtc import AvatarTracks, prefer_h264
+
+
+async def main(url: str = "127.0.0.1:8001") -> web.Application:
+    """A page, and an avatar for everybody who opens it."""
+    client = AsyncClient(url)
+
+    async def page(request: web.Request) -> web.FileResponse:
+        return web.FileResponse(Path(__file__).with_suffix(".html"))
+
+    async def offer(request: web.Request) -> web.Response:
+        peer, tracks = RTCPeerConnection(), await AvatarTracks.load(client, "ava")
+
+        async def say(text: str) -> None:
+            async for sound in client.synthesize(text):
+                tracks.say(sound, (await client.clock()).sample_rate)
+
+        peer.on("datachannel", lambda channel: channel.on("message", say))
+        await peer.setRemoteDescription(RTCSessionDescription(**await request.json()))
+        for track in (tracks.video, tracks.audio):
+            peer.addTrack(track)
+        prefer_h264(peer)
+        await peer.setLocalDescription(await peer.createAnswer())
+        return web.json_response({"sdp": peer.localDescription.sdp, "type": peer.localDescription.type})
+
+    app = web.Application()
+    app.add_routes([web.get("/", page), web.post("/offer", offer)])
+    return app
+
+
+if __name__ == "__main__":
+    web.run_app(main(), host="127.0.0.1", port=8090)
