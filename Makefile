@@ -58,6 +58,7 @@ bench: models $(VENV)/.dev  ## every benchmark; prints tables, writes bench/NAME
 	$(BIN)/talksplat-server bench splat --json bench/splat.json
 	$(BIN)/talksplat-server bench preload --json bench/preload.json
 	$(BIN)/python -m loadtests.profile --json bench/profile.json
+	$(BIN)/python -m loadtests.states --json bench/states.json --picture bench/states.jpg
 	$(BIN)/python -m loadtests.capacity --json bench/capacity.json
 	$(BIN)/python -m loadtests.overload --json bench/overload.json
 	$(MAKE) bench-recordings

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_server import CLOCK, ScriptedServer, answer
 
+from talksplat.server import Server
 from talksplat_client import AsyncClient, Client, Clock, Frame, InvalidRequestError, StreamState
 from talksplat_client._stream import MOST_TURN, StreamCore
 
@@ -145,3 +146,17 @@ async def test_the_asyncio_twin_turns_the_same_way() -> None:
     found = turns(frames)
     assert (found[0], found[14]) == ((0, 0), (100, 100))
     assert found[15:18] == [(100, 50), (50, 0), (0, 0)]
+
+
+def test_the_server_draws_a_listener_otherwise_and_a_resumed_one_the_same(server: Server) -> None:
+    with Client(server.grpc_url) as client:
+        with client.idle("red", seed=3, format="raw", size=32) as stream:
+            stream.listening = 1.0
+            frames = list(itertools.islice(stream, 70))
+            state = stream.state
+        with client.idle("red", seed=3, format="raw", size=32) as stream:
+            idle = list(itertools.islice(stream, 70))
+        with client.resume(None, replace(state, frame=58, start=0)) as stream:
+            resumed = list(itertools.islice(stream, 12))
+    assert [frame.data for frame in resumed] == [frame.data for frame in frames[58:]]
+    assert [frame.data for frame in frames[20:]] != [frame.data for frame in idle[20:]]
