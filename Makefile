@@ -57,6 +57,7 @@ types: $(VENV)/.dev $(PAGE)/node_modules  ## mypy --strict, and tsc --strict for
 bench: models $(VENV)/.dev  ## every benchmark; prints tables, writes bench/NAME.json
 	$(BIN)/talksplat-server bench splat --json bench/splat.json
 	$(BIN)/talksplat-server bench preload --json bench/preload.json
+	$(BIN)/talksplat-server bench tts --json bench/tts.json
 	$(BIN)/python -m loadtests.profile --json bench/profile.json
 	$(BIN)/python -m loadtests.states --json bench/states.json --picture bench/states.jpg
 	$(BIN)/python -m loadtests.capacity --json bench/capacity.json
@@ -111,6 +112,12 @@ fuzz: models $(VENV)/.dev  ## 5,000 spoilt requests at every door, others each t
 .PHONY: models
 models: $(VENV)/.installed  ## export every model that is missing or stale into model_repository/
 	@$(BIN)/talksplat-export models
+
+.PHONY: voice
+voice: $(VENV)/.installed  ## let tts say any text: installs espeak-ng, which is GPL-3 and runs as a process of its own
+	@echo "espeak-ng comes in the wheel espeakng-loader. It is under the GNU General Public License 3, talksplat is not:" \
+	  "it is started as a process of its own, see talksplat/phonemiser.py. Without it tts says prepared replies only."
+	$(PIP) espeakng-loader
 
 .PHONY: aot
 aot: models $(VENV)/.dev  ## compile every graph in every precision for every GPU, without one; writes bench/aot.json

@@ -44,6 +44,14 @@ class Espeak:
             self._process.communicate()
             self._process = None
 
+    def start(self) -> None:
+        """Start the process ahead of the first text, unless it runs, without waiting for it.
+
+        Raises:
+            MissingPhonemiserError: the wheel espeakng-loader is not installed.
+        """
+        self._running()
+
     def ipa(self, text: str, voice: str = "en-us") -> list[str]:
         """The IPA of each sentence of ``text``, punctuation kept: what Piper voices are trained on.
 

@@ -214,8 +214,11 @@ def in_process(repository: Path, threads: int = 1) -> Networks:
         means, deviations, durations = encoder.run(None, {"TOKENS": tokens, "NOISE": noise})
         return means, deviations, durations
 
-    return Networks(
+    networks = Networks(
         encode,
         flow=lambda prior: flow.run(None, {"PRIOR": prior})[0],
         decoder=lambda latent: decoder.run(None, {"LATENT": latent})[0],
     )
+    networks.encoder(np.ones((1, 100), np.int64), np.zeros((1, 2, 100), np.float32))
+    networks.decoder(networks.flow(np.zeros((1, CHANNELS, 60), np.float32)))
+    return networks

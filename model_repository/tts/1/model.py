@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -15,7 +16,7 @@ import triton_python_backend_utils as pb_utils
 from talksplat import speaking
 from talksplat.framing import RequestError
 from talksplat.log import Fields
-from talksplat.phonemiser import Espeak
+from talksplat.phonemiser import Espeak, MissingPhonemiserError
 from talksplat.triton import Failures, array, ask, response
 
 _log = logging.getLogger("tts")
@@ -25,7 +26,7 @@ class TritonPythonModel:
     """See config.pbtxt."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the networks, or leave them to Triton.
+        """Load the networks, or leave them to Triton; start the phonemiser, if it is installed.
 
         Raises:
             TritonModelException: the parameter `networks` says neither.
@@ -46,6 +47,8 @@ class TritonPythonModel:
         symbols, replies = (
             json.loads((files / name).read_text(encoding="utf-8")) for name in ("symbols.json", "replies.json")
         )
+        with contextlib.suppress(MissingPhonemiserError):  # prepared replies can be said
+            self.espeak.start()
         self.speak = speaking.Speaker(networks, symbols, replies, lambda text: " ".join(self.espeak.ipa(text)))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
