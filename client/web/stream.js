@@ -4,7 +4,7 @@ import { Tape } from "./samples.js";
 import { floats, integer, pause, string, TalksplatError } from "./triton.js";
 
 const IN_FLIGHT = 3; // chunks that are requested and not there yet
-const RESTING_AHEAD = 0.36; // seconds of frames kept ready at rest: little, since a voice makes them void
+const RESTING_AHEAD = 0.5; // seconds of frames kept ready at rest: few, since a voice makes them void
 const SPEAKING_AHEAD = 1; // seconds, in speech
 const URGENT = 0.16; // seconds before a chunk is due for which a voice that goes on is waited for
 const ENOUGH = 4; // seconds of voice ahead of what is heard
@@ -43,7 +43,7 @@ export class Stream {
   #running = false;
   #latency = 0.1; // seconds from asking for a chunk that speaks to having its pictures
   #paused = false;
-  listening = 0; // how much the face is to listen, 0 to 1
+  #listening = 0; // how much the face is to listen, 0 to 1
   /** @type {number[]} ms, of the latest chunks */
   latenciesMs = [];
 
@@ -117,6 +117,17 @@ export class Stream {
   set paused(paused) {
     this.#paused = paused;
     this.#wake();
+  }
+
+  /**
+   * How much the face listens from now on, 0 to 1.
+   * @param {number} listening
+   */
+  set listening(listening) {
+    if (listening === this.#listening) return;
+    this.#listening = listening;
+    const chunk = Math.ceil(this.#soonest(this.#latency) / this.#clock.chunkFrames);
+    if (chunk < this.#next) this.#revise(chunk * this.#clock.chunkFrames);
   }
 
   /** Whether a voice is expected or not heard to its end yet. */
@@ -296,7 +307,7 @@ export class Stream {
   #listen(chunk) {
     const before = this.#listened.get(chunk - 1) ?? 0;
     const shown = this.#end > chunk * this.#clock.chunkFrames ? this.#listened.get(chunk) : undefined;
-    const step = Math.min(LISTENING_STEP, Math.max(-LISTENING_STEP, this.listening - before));
+    const step = Math.min(LISTENING_STEP, Math.max(-LISTENING_STEP, this.#listening - before));
     const after = shown ?? before + step;
     this.#listened.set(chunk, after);
     this.#listened.delete(chunk - 50);
