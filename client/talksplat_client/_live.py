@@ -27,7 +27,8 @@ from ._state import Format
 Mark = TypeVar("Mark")
 
 LATE_FRAMES = 0.5  # a frame that comes so much after it was due is late, and moves those that follow
-BLOCK_SECONDS = 0.01  # of sound, resampled at a time
+BLOCK_SECONDS = 0.02  # of sound, resampled at a time
+PACKET_SECONDS = 0.2  # of sound, given to the client at a time, however much there is
 FULL_SCALE = 1 << 15  # of int16
 
 
@@ -234,15 +235,14 @@ class LiveStream(Generic[Mark]):
         return self._stream
 
     def _ready(self) -> bool:
-        """Whether to begin with the first utterance: its first frame has all the sound it needs, or no more comes."""
+        """Whether to begin with the first utterance: its first chunk has all the sound it needs, or no more comes."""
         if not self._utterances:
             return False
         utterance = self._utterances[0]
-        window = self._clock.window(self._number // self._clock.chunk_frames)[1] / self._clock.sample_rate
-        needed = window - self._number / self.fps + RUN_IN
         if utterance.stale > self._patience:
             utterance.end()
-        return utterance.ended or utterance.seconds >= needed
+        window = self._clock.window(self._number // self._clock.chunk_frames)[1] / self._clock.sample_rate
+        return utterance.ended or utterance.seconds >= window - self._number / self.fps + RUN_IN
 
     def _samples(self, start: int, number: int) -> int:
         """How many there are from one frame to another."""
@@ -340,7 +340,8 @@ class _Utterance(Generic[Mark]):
     async def packets(self) -> AsyncIterator[Samples]:  # [T], at the target rate
         """All of it, as it comes."""
         while not self.dropped:
-            ready = int(min(self._track.ready, self._track.end))
+            most = self._given + round(PACKET_SECONDS * self._rate)
+            ready = int(min(self._track.ready, self._track.end, most))
             if ready > self._given:
                 packet = self._track.read(self._given, ready)
                 self._given = ready

@@ -28,7 +28,7 @@ from ._live import LiveStream, Moment
 
 SAMPLE_RATE = 24_000  # Hz; what LiveKit's voices have
 BUFFER_SECONDS = 0.1  # of sound, that AvatarRunner keeps
-GIVEN_UP_SECONDS = 0.3  # AVSynchronizer catches up with what is later than due, but not by more
+GIVEN_UP_SECONDS = 0.3  # a frame so late has AVSynchronizer count anew
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,10 @@ class VideoGenerator(agents.VideoGenerator):
         return outputs
 
     def _missing(self, moment: Moment) -> int:
-        """How often a frame has to be shown again, so that AVSynchronizer, which counts frames, does not run ahead."""
+        """How often a frame is to be shown again.
+
+        AVSynchronizer counts frames, and hurries after those that came late, while their sound does not.
+        """
         if self._next is None:
             return 0
         late = moment.due - self._next

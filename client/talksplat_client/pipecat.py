@@ -103,12 +103,12 @@ class TalksplatVideoService(AIService):
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
         """See `AIService.process_frame`."""
         await super().process_frame(frame, direction)
+        if self._stream is not None and isinstance(frame, InterruptionFrame):
+            await self._interrupt(self._stream)
         if self._stream is None or direction is FrameDirection.UPSTREAM:
             await self.push_frame(frame, direction)
         elif isinstance(frame, SystemFrame):
-            if isinstance(frame, InterruptionFrame):
-                await self._interrupt(self._stream)
-            elif isinstance(frame, (UserStartedSpeakingFrame, UserStoppedSpeakingFrame)):
+            if isinstance(frame, (UserStartedSpeakingFrame, UserStoppedSpeakingFrame)):
                 self._stream.listening = float(isinstance(frame, UserStartedSpeakingFrame))
             await self.push_frame(frame, direction)
             if isinstance(frame, StartFrame):

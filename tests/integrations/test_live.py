@@ -229,6 +229,29 @@ def test_a_slow_server_delays_sound_and_picture_together() -> None:
     assert [moment.due for moment in viewer.moments] == pytest.approx([time for time, _ in viewer.taken])
 
 
+def test_a_slow_consumer_gets_every_sound_in_order_only_later() -> None:
+    async def work() -> list[Moment]:
+        stream = await LiveStream[str].open(
+            SimulatedServer().client(), "ava", sample_rate=RATE, lead=0.08, format="raw"
+        )
+        stream.say(steps(2), RATE)
+        stream.finish()
+        stream.mark("end")
+        taken: list[Moment] = []
+        async for each in stream.moments():
+            if isinstance(each, str):
+                break
+            taken.append(each)
+            await asyncio.sleep(0.1)
+        await stream.close()
+        return taken
+
+    taken = simulate(work())
+    assert (np.concatenate([moment.sound for moment in taken if moment.sound is not None]) == steps(2)).all()
+    assert all(map(in_step, taken))
+    assert np.diff([moment.due for moment in taken][1:]).min() > 0.9 * FRAME
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     rate=st.sampled_from([8_000, 16_000, 22_050, 24_000, 48_000]),
