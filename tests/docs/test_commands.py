@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import http.server
 import importlib
-import json
 import os
 import re
 import shlex
@@ -29,7 +27,6 @@ from pathlib import Path
 import av
 import compose
 import helm
-import numpy as np
 import pytest
 from documents import Page
 from make_avatar import write_avatar
@@ -223,10 +220,9 @@ def test_a_wrong_command_would_be_found(command: str, tmp_path: Path) -> None:
 class Checkout:
     """A folder that looks like the checkout to the docs' commands, and where what they write stays."""
 
-    def __init__(self, folder: Path, server: Server, secure: edge.Address, voice: str) -> None:
+    def __init__(self, folder: Path, server: Server, secure: edge.Address) -> None:
         self.folder = folder
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("TALKSPLAT")}
-        self._environment |= {"OPENAI_BASE_URL": voice, "OPENAI_API_KEY": "none"}
         self._addresses = {GRPC: server.grpc_url, HTTP: server.http_url, SECURE: secure.url}
         for path in ROOT.iterdir():
             if path.suffix not in (".md",) and path.name not in ("runs", "bench", ".git", ".venv", ".env"):
@@ -266,35 +262,8 @@ class Checkout:
         return done.stdout
 
 
-class FakeVoice(http.server.BaseHTTPRequestHandler):
-    """Stands for a server of OpenAI's kind, which can't be had here: whatever is to be said, it beeps for a second."""
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        assert self.path == "/v1/audio/speech"
-        assert asked["response_format"] == "pcm"
-        time = np.arange(24_000) / 24_000
-        self.send_response(http.HTTPStatus.OK)
-        self.end_headers()
-        self.wfile.write((8000 * np.sin(2 * np.pi * 200 * time)).astype("<i2").tobytes())
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
-def voice() -> Iterator[str]:
-    """Where the fake voice is."""
-    with http.server.ThreadingHTTPServer((HOST, 0), FakeVoice) as served:
-        thread = threading.Thread(target=served.serve_forever)
-        thread.start()
-        yield f"http://{HOST}:{served.server_port}/v1"
-        served.shutdown()
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def checkout(server: Server, voice: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
+def checkout(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkout]:
     """With a recording to animate, and as if an avatar `kim` had been fitted and `make serve-secure` ran."""
     folder = tmp_path_factory.mktemp("checkout")
     write_avatar(server.avatars, "kim")
@@ -304,7 +273,7 @@ def checkout(server: Server, voice: str, tmp_path_factory: pytest.TempPathFactor
         port=Ports.free().http,
     )
     address.certificate.parent.mkdir(parents=True)
-    made = Checkout(folder, server, address, voice)
+    made = Checkout(folder, server, address)
     encode(folder / "speech.mp3")
     first = edge.make_tenants(folder / "runs" / "secure" / "tenants.toml")
     (folder / "first.key").write_text(first)
