@@ -1,0 +1,97 @@
+"""When a turn begins and ends: what is said informs it, not silence alone. No I/O; the page's turns.js decides alike.
+
+The values are in conversation.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Literal, Self, TypeAlias
+
+TurnEvent: TypeAlias = Literal["begin", "recognise", "resume", "end"]
+
+
+@dataclass(frozen=True)
+class EndOfSpeech:
+    """What decides that a person has begun or finished."""
+
+    speech: float  # probability above which a frame is speech
+    begin_seconds: float  # of speech that begin a turn, or interrupt the avatar
+    recognise_seconds: float  # of silence after which what was said is recognised, as a guess
+    finished_seconds: float  # of silence that end a turn whose text sounds finished
+    unfinished_seconds: float  # or does not
+    unfinished: str  # regular expression, of a text that does not sound finished
+
+    @classmethod
+    def load(cls) -> Self:
+        """From conversation.json."""
+        return cls(**conversation()["end_of_speech"])
+
+
+@cache
+def conversation() -> dict[str, Any]:
+    """The content of conversation.json."""
+    content: dict[str, Any] = json.loads(resources.files(__package__).joinpath("conversation.json").read_text())
+    return content
+
+
+class Turns:
+    """Probabilities of speech in, frame by frame, what they mean out.
+
+    ``begin``: somebody speaks; ``recognise``: find out what was said so far, and tell `recognised`; ``resume``: that
+    was not all; ``end``: the turn is over.
+    """
+
+    def __init__(self, settings: EndOfSpeech, fps: int) -> None:
+        self._settings, self._fps = settings, fps
+        self._unfinished = re.compile(settings.unfinished, re.IGNORECASE | re.ASCII)
+        self._speech = 0  # frames of it in a row
+        self._silence = 0  # frames of it since the last speech
+        self._text: str | None = None  # that was recognised since the last speech
+        self.in_turn = False  # somebody speaks, or may go on
+
+    def push(self, probability: float) -> TurnEvent | None:
+        """The next frame."""
+        if probability > self._settings.speech:
+            resumes = self.in_turn and self._silence >= self._frames(self._settings.recognise_seconds)
+            self._speech += 1
+            self._silence = 0
+            self._text = None
+            if self.in_turn:
+                return "resume" if resumes else None
+            self.in_turn = self._speech >= self._frames(self._settings.begin_seconds)
+            return "begin" if self.in_turn else None
+        self._speech = 0
+        if not self.in_turn:
+            return None
+        self._silence += 1
+        if self._silence == self._frames(self._settings.recognise_seconds):
+            return "recognise"
+        return self._decide()
+
+    def recognised(self, text: str) -> TurnEvent | None:
+        """What was said up to the silence that lasts."""
+        if not self.in_turn or not self._silence:
+            return None
+        self._text = text.strip()
+        return self._decide()
+
+    def _decide(self) -> TurnEvent | None:
+        if self._text is None:
+            return None
+        unfinished = self._unfinished.search(self._text)
+        seconds = self._settings.unfinished_seconds if unfinished else self._settings.finished_seconds
+        if self._silence < self._frames(seconds):
+            return None
+        self.in_turn = False
+        self._text = None
+        self._silence = 0
+        return "end"
+
+    def _frames(self, seconds: float) -> int:
+        return math.floor(seconds * self._fps + 0.5)  # as JavaScript rounds
