@@ -31,7 +31,7 @@ from loadtests.streams import SPEECH, windows
 from talksplat import avatar as bundle
 from talksplat import clock
 from talksplat.animator import Chunk, Options, gate
-from talksplat.attention import LID_STEPS, LOOK_STEP, Head, Pose, speaking, sway
+from talksplat.attention import LID_STEPS, LOOK_STEP, Head, Pose, sway, voiced
 from talksplat.avatar import AnyAvatar
 from talksplat.bench._report import Row, report
 from talksplat.server import ROOT
@@ -86,7 +86,7 @@ class Stage:
                 raise frames
             shares = np.zeros(clock.CHUNK_FRAMES) if speech is None else gate(speech)
             for offset, (frame, share) in enumerate(zip(frames, shares, strict=True)):
-                spoken = speaking(float(share))
+                spoken = voiced(float(share))
                 pose = self.head.pose(index + offset, SEED, options.listening_at(offset), spoken)
                 shots.append(Shot(frame, pose, spoken * sway(index + offset, SEED)))
         return shots

@@ -29,7 +29,7 @@ import simplejpeg
 
 from talksplat import avatar as bundle
 from talksplat import clock, splat
-from talksplat.attention import LID_STEPS, STILL, Eyes, Head, Pose, find_eyes, speaking, sway
+from talksplat.attention import LID_STEPS, STILL, Eyes, Head, Pose, find_eyes, sway, voiced
 from talksplat.avatar import AnyAvatar, Avatar, BundleError, Huma1Avatar
 from talksplat.cache import AvatarCache, ByteCache, CacheCounts
 from talksplat.drawing import CpuDrawer, Drawer
@@ -601,7 +601,7 @@ def _frames(chunk: Chunk, loaded: _Loaded | Exception) -> list[_Frame]:
     frames = []
     for number, (motion, share) in enumerate(_motions(chunk, loaded)):
         index = chunk.frame_index + number
-        spoken = speaking(share)
+        spoken = voiced(share)
         pose = loaded.head.pose(index, seed, options.listening_at(number), spoken)
         frames.append(_Frame(loaded, motion, spoken * sway(index, seed), pose, size, options))
     return frames

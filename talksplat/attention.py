@@ -33,7 +33,7 @@ LID_STEPS = 40  # from open to shut
 ALERT = 0.125  # how much wider the lids of a listener are open
 
 LOOK_STEP = 1e-4  # metres that the iris moves
-ASIDE = ((-25, 6), (24, 2), (-18, -5))  # steps to the viewer's right, down: where idle eyes go, if not to the viewer
+ASIDE = ((-25, 6), (24, 2), (-18, -5))  # steps to the right, down: where idle eyes go, if not to the viewer
 SPEAKERS_LOOK = 0.7  # how much of a look aside a voice takes back
 LOOK_FRAMES = 75  # (3 s) that a look lasts
 LOOP_FRAMES = 600  # (24 s) after which looks and nods come again, at least
@@ -51,6 +51,10 @@ NOD_CHOICE = 0.7  # of the deepest nod that the slot has: a shallower one is not
 SWAY_FRAMES = 14  # from one extreme to the next
 SWAY = np.radians([0.6, 0.5, 0.4])  # at most, about axes to the right, down and forward in the picture
 
+COVERED = 30  # of 255: by how much the green of a pixel changes that a lid covers
+OPENING = (0.0008, 0.03)  # of the picture: how large an eye's opening is
+APART = (1.2, 4.0)  # widths that two openings are from each other
+RIM = (2.1, 3.4)  # standard deviations of an opening's pixels from its middle to where nothing moves: across, down
 
 STILL = np.zeros(3)
 
@@ -80,7 +84,7 @@ def plate_index(frame_index: int, seed: int, plates: int) -> int:
     return _folded(_place(frame_index, seed, 2 * plates), plates)
 
 
-def speaking(
+def voiced(
     share: float,  # of the motion that counts, see `animator.gate`
 ) -> float:
     """How much a face speaks, 0 to 1: dips within words hardly count."""
@@ -141,16 +145,16 @@ class Head:
         place = _place(frame_index, seed, self.loop)
         plate, down = plate_index(frame_index, seed, len(self.viewmats)), 0
         if listening:
-            depth, way = self.nod(place)
+            depth, way = self._nod(place)
             plate = min(max(round(plate + listening * depth * way), 0), len(self.viewmats) - 1)
             down = round(NOD_STEPS * listening * depth)
         idle = (1 - listening) * (1 - SPEAKERS_LOOK * speaking)
-        x, y = (round(idle * steps) for steps in self.aside(place))
+        x, y = (round(idle * steps) for steps in self._aside(place))
         to_x, to_y = self._viewer[plate].tolist()
         to_y -= round(down * NOD_STEP * EYE_RADIUS / LOOK_STEP)
         return Pose(plate, lids(frame_index, seed, listening), down, (x + to_x, y + to_y))
 
-    def aside(
+    def _aside(
         self,
         place: int,  # in the loop
     ) -> tuple[float, float]:
@@ -161,7 +165,7 @@ class Head:
         share = _smooth((place - LOOK_FRAMES * slot + 1) / SACCADE)
         return x + share * (to_x - x), y + share * (to_y - y)
 
-    def nod(
+    def _nod(
         self,
         place: int,  # in the loop
     ) -> tuple[float, int]:
@@ -230,12 +234,6 @@ def find_eyes(
     return Eyes(np.round(127 * weights).astype(np.int8), viewmat[:2, :3])
 
 
-COVERED = 30  # of 255: by how much the green of a pixel changes that a lid covers
-OPENING = (0.0008, 0.03)  # of the picture: how large an eye's opening is
-APART = (1.2, 4.0)  # widths that two openings are from each other
-RIM = (2.1, 3.4)  # standard deviations of an opening's pixels from its middle to where nothing moves: across, down
-
-
 def _openings(
     covered: npt.NDArray[np.bool_],  # [H, W]
 ) -> list[tuple[Float64, Float64]] | None:
@@ -268,7 +266,9 @@ def _nods(
     within = np.clip(plates[:, None] + np.arange(-NOD_REACH, NOD_REACH + 1), 0, len(down) - 1)
     lowest = within[plates, down[within].argmax(1)]
     behind = np.array([_folded(place, len(down)) for place in range(loop)])  # if nobody nodded
-    middle = np.roll(behind, -NOD_FRAMES // 2)
+    middle = np.roll(
+        behind, -NOD_FRAMES // 2
+    )  # from there what was behind at first is within reach: depths are 0 or more
     ways, depths = lowest[middle] - middle, down[lowest[middle]] - down[behind]
     nods = []
     for first in range(0, loop - NOD_SLOT + 1, NOD_SLOT):
@@ -285,7 +285,7 @@ def _viewer(
     """What the eyes turn against the head to stay on the camera, if they were on it on the average."""
     turns = viewmats[:, :3, :3].astype(np.float64)
     cameras = -np.einsum("pji,pj->pi", turns, viewmats[:, :3, 3].astype(np.float64))
-    cameras /= np.linalg.norm(cameras, axis=1, keepdims=True)
+    cameras /= np.maximum(np.linalg.norm(cameras, axis=1, keepdims=True), 1e-9)
     steps = np.einsum("pai,pi->pa", turns[:, :2], cameras - cameras.mean(0)) * EYE_RADIUS / LOOK_STEP
     return np.asarray(np.clip(np.round(steps), -MOST_TURN, MOST_TURN), np.int64)
 
