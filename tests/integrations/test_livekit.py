@@ -7,30 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 import pytest
-import soxr
 from livekit import rtc
 from livekit.agents import Agent, AgentSession, ErrorEvent
 from livekit.agents.voice.avatar import AudioSegmentEnd, AvatarRunner, QueueAudioOutput
+from presence import Sound, flashes, loud, no_leaks, skews, speech, wait_until
 from scripted_server import ScriptedServer
 from simulated_server import SimulatedServer, simulate
 
 from talksplat.server import Ports, Server
-from talksplat_client import AsyncClient, ServerUnavailableError, Timeout, UnknownAvatarError, read_audio
+from talksplat_client import AsyncClient, ServerUnavailableError, Timeout, UnknownAvatarError
 from talksplat_client.livekit import SAMPLE_RATE, AvatarSession, VideoGenerator
 
 FRAME = 0.04
-SPEECH = Path(__file__).resolve().parents[2] / "demo" / "speech.wav"
-Sound = np.ndarray[Any, np.dtype[np.int16]]
-Times = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class FakeRoom(rtc.EventEmitter[Any]):
@@ -70,10 +64,6 @@ class FakeParticipant:
         self._room.emit("local_track_published", publication, track)
         return publication
 
-    def loud(self) -> list[float]:
-        """When there was something to hear."""
-        return [when for when, sound in self.sounds if np.abs(sound).max() > 300]
-
     async def leave(self) -> None:
         for task in self._tasks:
             task.cancel()
@@ -102,24 +92,9 @@ class FakePublication:
         pass
 
 
-def speech(seconds: float) -> Sound:
-    """Real speech at LiveKit's rate, from its first word on."""
-    recording = read_audio(SPEECH)
-    samples = np.concatenate(list(recording.packets))
-    resampled = soxr.resample(samples, recording.sample_rate, SAMPLE_RATE)
-    begin = int(np.flatnonzero(np.abs(resampled) > 0.05)[0])
-    return np.asarray(32767 * np.clip(resampled[begin : begin + round(seconds * SAMPLE_RATE)], -1, 1), np.int16)
-
-
 async def stream(sound: Sound) -> AsyncIterator[rtc.AudioFrame]:
     for packet in packets(sound):
         yield packet
-
-
-async def wait_until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 def packets(sound: Sound) -> list[rtc.AudioFrame]:  # of 20 ms
@@ -128,25 +103,6 @@ def packets(sound: Sound) -> list[rtc.AudioFrame]:  # of 20 ms
         rtc.AudioFrame(sound[begin : begin + size].tobytes(), SAMPLE_RATE, 1, sound[begin : begin + size].size)
         for begin in range(0, sound.size, size)
     ]
-
-
-def flashes(count: int) -> Sound:
-    """Sound that jumps between two levels, 0.2 s each."""
-    return np.repeat(np.tile([16_000, -16_000], count // 2), SAMPLE_RATE // 5).astype(np.int16)
-
-
-def jumps(levels: list[tuple[float, float]], least: float) -> Times:
-    """When what was seen or heard became another."""
-    return np.array([time for (_, before), (time, level) in itertools.pairwise(levels) if abs(level - before) > least])
-
-
-@asynccontextmanager
-async def no_leaks() -> AsyncIterator[None]:
-    threads, tasks = set(threading.enumerate()), asyncio.all_tasks()
-    yield
-    assert asyncio.all_tasks() <= tasks
-    left = [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon]
-    assert all("asyncio" in thread.name for thread in left)  # the event loop's own pool
 
 
 async def test_an_agent_speaks_through_its_face_is_interrupted_and_speaks_again(server: Server) -> None:
@@ -166,19 +122,19 @@ async def test_an_agent_speaks_through_its_face_is_interrupted_and_speaks_again(
 
         await wait_until(lambda: len(me.pictures) >= 12)
         assert not events
-        assert not me.loud()
-        first = session.say("hello", audio=stream(speech(1.5)))
+        assert not loud(me.sounds)
+        first = session.say("hello", audio=stream(speech(1.5, SAMPLE_RATE)))
         await first
         assert not first.interrupted
         [(started, _), (finished, event)] = events
         assert (event.playback_position, event.interrupted) == (pytest.approx(1.5, abs=FRAME), False)
-        assert started <= me.loud()[0] + 0.1
-        assert me.loud()[-1] <= finished + 0.1
+        assert started <= loud(me.sounds)[0] + 0.1
+        assert loud(me.sounds)[-1] <= finished + 0.1
 
         events.clear()
         resting = len(me.pictures)
-        second = session.say("hello", audio=stream(speech(10)))
-        await wait_until(lambda: len(events) == 1 and me.loud()[-1] > events[0][0] + 0.5)
+        second = session.say("hello", audio=stream(speech(10, SAMPLE_RATE)))
+        await wait_until(lambda: len(events) == 1 and loud(me.sounds)[-1] > events[0][0] + 0.5)
         interrupted = time.monotonic()
         await session.interrupt()
         await second
@@ -186,13 +142,13 @@ async def test_an_agent_speaks_through_its_face_is_interrupted_and_speaks_again(
         [_, (_, event)] = events
         assert event.interrupted
         assert 0.4 < event.playback_position < 5
-        await asyncio.sleep(0.5)
-        assert me.loud()[-1] < interrupted + 0.2  # silence
+        await asyncio.sleep(0.8)
+        assert loud(me.sounds)[-1] < interrupted + 0.5  # silence
 
-        before = len(me.loud())
-        await session.say("hello", audio=stream(speech(0.5)))
+        before = len(loud(me.sounds))
+        await session.say("hello", audio=stream(speech(0.5, SAMPLE_RATE)))
         await asyncio.sleep(0.2)
-        assert len(me.loud()) > before
+        assert len(loud(me.sounds)) > before
         pictures = len(me.pictures)
         await wait_until(lambda: len(me.pictures) > pictures + 3)  # it rests again
         assert np.median(np.diff([when for when, _ in me.pictures[:resting]])) == pytest.approx(FRAME, abs=0.01)
@@ -217,26 +173,27 @@ async def test_what_is_seen_and_what_is_heard_stay_together_though_the_server_is
         )
         generator.av_sync = runner.av_sync
         await runner.start()
+        apart: list[float] = []
         for seconds in (0.03, 0.1, 0.2, 0.03):
             server.seconds = seconds
             heard, seen = len(me.sounds), len(me.pictures)
-            for packet in packets(flashes(6)):
+            for packet in packets(flashes(6, SAMPLE_RATE)):
                 await voice.capture_frame(packet)
             voice.flush()
             await voice.wait_for_playout()
             await asyncio.sleep(0.2)
-            sounds = jumps([(when, float(np.median(sound))) for when, sound in me.sounds[heard:]], 20_000)
-            pictures = jumps([(when, float(picture.data[0])) for when, picture in me.pictures[seen:]], 60)
-            skews = np.abs(pictures[:, None] - sounds).min(axis=1)
-            assert pictures.size >= 5
-            assert np.median(skews) <= 0.045
+            levels = [(when, float(picture.data[0])) for when, picture in me.pictures[seen:]]
+            found = skews(me.sounds[heard:], levels)
+            assert found.size >= 5
+            apart.extend(found)
+        assert np.median(apart) <= 0.045
         await runner.aclose()
         await generator.aclose()
         await me.leave()
 
 
 def test_each_frame_comes_before_its_sound_and_a_segment_ends_after_its_last() -> None:
-    said = flashes(6)
+    said = flashes(6, SAMPLE_RATE)
 
     async def work() -> list[Any]:
         generator = await VideoGenerator.open(SimulatedServer().client(), "ava")
@@ -309,7 +266,7 @@ async def test_an_agent_whose_server_is_lost_is_told_and_waits_for_nothing() -> 
             errors: list[ErrorEvent] = []
             session.on("error", errors.append)
             server.stop()
-            await asyncio.wait_for(session.say("hello", audio=stream(speech(2))).wait_for_playout(), 20)
+            await asyncio.wait_for(session.say("hello", audio=stream(speech(2, SAMPLE_RATE))).wait_for_playout(), 20)
             await wait_until(lambda: bool(errors))
             assert isinstance(errors[0].error, ServerUnavailableError)
             assert errors[0].source is face

@@ -6,14 +6,12 @@ import asyncio
 import itertools
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import soxr
 from pipecat.frames.frames import (
     BotStartedSpeakingFrame,
     BotStoppedSpeakingFrame,
@@ -37,27 +35,17 @@ from pipecat.tests.utils import SleepFrame, run_test
 from pipecat.transports.base_output import BaseOutputTransport
 from pipecat.transports.base_transport import TransportParams
 from pipecat.workers.runner import WorkerRunner
+from presence import Sound, flashes, loud, no_leaks, skews, speech, wait_until
 from scripted_server import ScriptedServer
 from simulated_server import SIDE, SimulatedServer
 
 from talksplat.server import Ports, Server
-from talksplat_client import AsyncClient, ServerUnavailableError, Timeout, UnknownAvatarError, read_audio
+from talksplat_client import AsyncClient, ServerUnavailableError, Timeout, UnknownAvatarError
 from talksplat_client.pipecat import TalksplatVideoService
 
 RATE = 24_000  # Hz, Pipecat's
 FRAME = 0.04
 BUFFER = 0.04  # seconds of sound that the recording transport takes ahead
-SPEECH = Path(__file__).resolve().parents[2] / "demo" / "speech.wav"
-Sound = np.ndarray[Any, np.dtype[np.int16]]
-Times = np.ndarray[Any, np.dtype[np.float64]]
-
-
-def speech(seconds: float) -> Sound:
-    """Real speech at Pipecat's rate, from its first word on."""
-    recording = read_audio(SPEECH)
-    resampled = soxr.resample(np.concatenate(list(recording.packets)), recording.sample_rate, RATE)
-    begin = int(np.flatnonzero(np.abs(resampled) > 0.05)[0])
-    return np.asarray(32767 * np.clip(resampled[begin : begin + round(seconds * RATE)], -1, 1), np.int16)
 
 
 def spoken(sound: Sound, text: str = "word") -> list[Frame]:
@@ -119,9 +107,6 @@ class RecordingTransport(BaseOutputTransport):
         await asyncio.sleep(self._heard - time.monotonic() - BUFFER)
         return True
 
-    def loud(self) -> list[float]:
-        return [when for when, sound in self.sounds if np.abs(sound).max() > 300]
-
 
 @asynccontextmanager
 async def pipeline(*processors: FrameProcessor) -> AsyncIterator[PipelineWorker]:
@@ -139,27 +124,8 @@ async def pipeline(*processors: FrameProcessor) -> AsyncIterator[PipelineWorker]
         await asyncio.wait_for(running, 20)
 
 
-@asynccontextmanager
-async def no_leaks() -> AsyncIterator[None]:
-    tasks = asyncio.all_tasks()
-    yield
-    await asyncio.sleep(0)
-    assert asyncio.all_tasks() <= tasks
-
-
-async def wait_until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.02)
-
-
-def jumps(levels: list[tuple[float, float]], least: float) -> Times:
-    """When what was seen or heard became another."""
-    return np.array([time for (_, before), (time, level) in itertools.pairwise(levels) if abs(level - before) > least])
-
-
 async def test_an_avatar_rests_between_turns_and_every_frame_comes_with_its_sound(server: Server) -> None:
-    turns = [speech(1), speech(0.6)[::-1].copy()]
+    turns = [speech(1, RATE), speech(0.6, RATE)[::-1].copy()]
     async with no_leaks(), AsyncClient(server.grpc_url) as client:
         frames = [SleepFrame(0.5), *spoken(turns[0], "a"), SleepFrame(1.8), *spoken(turns[1], "b"), SleepFrame(1.5)]
         down, up = await through(TalksplatVideoService(client, "red"), frames)
@@ -190,24 +156,23 @@ async def test_an_avatar_rests_between_turns_and_every_frame_comes_with_its_soun
 
 async def test_what_is_shown_and_what_is_heard_stay_together_in_pipecats_transport() -> None:
     transport = RecordingTransport(SIDE)
-    flashes = np.repeat(np.tile([16_000, -16_000], 3), RATE // 5).astype(np.int16)
     server = SimulatedServer()
     async with (
         no_leaks(),
         server.client() as client,
         pipeline(TalksplatVideoService(client, "ava"), transport) as worker,
     ):
+        apart: list[float] = []
         for seconds in (0.03, 0.1):
             server.seconds = seconds
             heard, seen = len(transport.sounds), len(transport.pictures)
-            await worker.queue_frames(spoken(flashes))
+            await worker.queue_frames(spoken(flashes(6, RATE)))
             await asyncio.sleep(2)
-            sounds = jumps([(when, float(np.median(sound))) for when, sound in transport.sounds[heard:]], 20_000)
-            pictures = jumps([(when, float(image[0])) for when, image in transport.pictures[seen:]], 60)
-            assert sounds.size == 5
-            assert pictures.size >= 5
-            skews = np.abs(pictures[:, None] - sounds).min(axis=1)
-            assert np.median(skews) <= 0.06  # of which up to 0.04 is the transport's own pace
+            levels = [(when, float(image[0])) for when, image in transport.pictures[seen:]]
+            found = skews(transport.sounds[heard:], levels)
+            assert found.size >= 5
+            apart.extend(found)
+        assert np.median(apart) <= 0.06  # of which up to 0.04 is the transport's own pace
 
 
 async def test_an_interruption_silences_the_transport_at_once_and_the_next_turn_is_whole(server: Server) -> None:
@@ -217,28 +182,28 @@ async def test_an_interruption_silences_the_transport_at_once_and_the_next_turn_
         AsyncClient(server.grpc_url) as client,
         pipeline(speaking, TalksplatVideoService(client, "red"), transport) as worker,
     ):
-        await worker.queue_frames(spoken(speech(8)))
-        await wait_until(lambda: len(transport.loud()) > 80)
+        await worker.queue_frames(spoken(speech(8, RATE)))
+        await wait_until(lambda: len(loud(transport.sounds)) > 80)
         assert BotStartedSpeakingFrame in speaking.kinds
         interrupted = time.monotonic()
         await worker.queue_frame(InterruptionFrame())
         await wait_until(lambda: BotStoppedSpeakingFrame in speaking.kinds)
-        await asyncio.sleep(0.5)
-        assert transport.loud()[-1] < interrupted + 0.2
+        await asyncio.sleep(0.8)
+        assert loud(transport.sounds)[-1] < interrupted + 0.5
         pictures = [when for when, _ in transport.pictures if when > interrupted]
         assert len(pictures) > 8  # it rests
         before = len(transport.sounds)
-        await worker.queue_frames(spoken(speech(0.6)))
+        await worker.queue_frames(spoken(speech(0.6, RATE)))
         await asyncio.sleep(1.5)
         heard = np.concatenate([sound for _, sound in transport.sounds[before:]])
-        assert (np.trim_zeros(heard) == np.trim_zeros(speech(0.6))).all()
+        assert (np.trim_zeros(heard) == np.trim_zeros(speech(0.6, RATE))).all()
 
 
 async def test_what_stands_after_an_interrupted_word_never_comes_unless_it_may_not_be_lost() -> None:
     kept = TTSTextFrame("kept", text_type="word")
     kept.interruptible = False
     async with no_leaks(), SimulatedServer().client() as client:
-        frames = [*spoken(speech(4)), kept, SleepFrame(0.8), InterruptionFrame(), SleepFrame(0.5)]
+        frames = [*spoken(speech(4, RATE)), kept, SleepFrame(0.8), InterruptionFrame(), SleepFrame(0.5)]
         down, _ = await through(TalksplatVideoService(client, "ava"), frames)
     assert [frame.text for frame in down if isinstance(frame, TTSTextFrame)] == ["word0", "kept"]
     assert not any(isinstance(frame, TTSStoppedFrame) for frame in down)
@@ -247,8 +212,8 @@ async def test_what_stands_after_an_interrupted_word_never_comes_unless_it_may_n
 
 async def test_the_pipeline_ends_when_all_is_said() -> None:
     async with no_leaks(), SimulatedServer().client() as client:
-        down, _ = await through(TalksplatVideoService(client, "ava"), spoken(speech(1)))  # then EndFrame, at once
-    assert (said(down) == speech(1)).all()
+        down, _ = await through(TalksplatVideoService(client, "ava"), spoken(speech(1, RATE)))  # then EndFrame, at once
+    assert (said(down) == speech(1, RATE)).all()
     assert isinstance(down[-1], TTSStoppedFrame)
 
 
@@ -275,9 +240,9 @@ async def test_without_a_face_the_voice_goes_on_and_the_pipeline_is_told_why(ser
         [error] = [frame for frame in errors.frames if isinstance(frame, ErrorFrame)]
         assert isinstance(error.exception, UnknownAvatarError if avatar == "nobody" else ServerUnavailableError)
         assert not service.is_usable
-        down, _ = await through(TalksplatVideoService(client, avatar), spoken(speech(0.4)))
-    assert (said(down) == speech(0.4)).all()
-    assert [type(frame) for frame in down] == [type(frame) for frame in spoken(speech(0.4))]
+        down, _ = await through(TalksplatVideoService(client, avatar), spoken(speech(0.4, RATE)))
+    assert (said(down) == speech(0.4, RATE)).all()
+    assert [type(frame) for frame in down] == [type(frame) for frame in spoken(speech(0.4, RATE))]
 
 
 async def test_a_server_that_is_lost_takes_the_face_and_leaves_the_voice() -> None:
@@ -288,8 +253,8 @@ async def test_a_server_that_is_lost_takes_the_face_and_leaves_the_voice() -> No
                 server.stop()
                 await wait_until(lambda: ErrorFrame in errors.kinds)
                 assert isinstance(errors.frames[-1].exception, ServerUnavailableError)
-                await worker.queue_frames(spoken(speech(0.4)))
-                await wait_until(lambda: len(transport.loud()) > 10)
+                await worker.queue_frames(spoken(speech(0.4, RATE)))
+                await wait_until(lambda: len(loud(transport.sounds)) > 10)
 
 
 class Upstream(FrameProcessor):
