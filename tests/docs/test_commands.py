@@ -225,9 +225,8 @@ class Checkout:
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("TALKSPLAT")}
         self._addresses = {GRPC: server.grpc_url, HTTP: server.http_url, SECURE: secure.url}
         for path in ROOT.iterdir():
-            if path.suffix not in (".md",) and path.name not in ("runs", "bench", ".git", ".venv", ".env"):
+            if path.suffix != ".md" and path.name not in ("runs", "bench", ".git", ".venv"):
                 (folder / path.name).symlink_to(path)
-        (folder / "bin").mkdir()
         programs = folder / VENV
         programs.mkdir(parents=True)
         as_default = (
@@ -275,8 +274,7 @@ def checkout(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     address.certificate.parent.mkdir(parents=True)
     made = Checkout(folder, server, address)
     encode(folder / "speech.mp3")
-    first = edge.make_tenants(folder / "runs" / "secure" / "tenants.toml")
-    (folder / "first.key").write_text(first)
+    edge.make_tenants(address.certificate.with_name("tenants.toml"))
     edge.make_certificate(address.certificate, address.certificate_key, HOST)
     try:
         nginx = edge.Edge(address.certificate.with_name("tenants.toml"), [server.ports], address, folder / "edge")
@@ -314,21 +312,19 @@ def encode(path: Path) -> None:
             container.mux(packet)
 
 
-def needs_nginx(text: str) -> bool:
-    return SECURE in text
-
-
 RUN = [page for page in map(Page, PAGES) if page.of_kind("sh") or page.of_kind("python")]
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.path.stem)
 def test_the_commands_of_a_page_do_what_it_says(page: Page, checkout: Checkout) -> None:
     commands = [each for block in page.of_kind("sh") for each in block.commands if not_run(each) is None]
-    if any(needs_nginx(each) for each in commands):
+    if any(SECURE in each for each in commands):
         try:
             edge.find_nginx()
         except edge.MissingNginxError as error:
             pytest.skip(str(error))
+    if any(each.startswith("curl ") for each in commands) and shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
     printed = checkout.run(["bash", "-euo", "pipefail", "-c"], "\n".join(commands))
     for block in page.of_kind("text"):
         for line in filter(None, map(str.strip, block.text.splitlines())):
