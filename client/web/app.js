@@ -98,7 +98,7 @@ function newId() {
     .replaceAll("/", "_");
 }
 
-// ── settings ────────────────────────────────────────────────────────────────────────────────────────────────────────
+// Settings
 
 /** @param {"key" | "url" | "model" | "modelKey"} name */
 function setting(name) {
@@ -136,7 +136,7 @@ settings.addEventListener("close", () => {
 });
 element("open-settings", HTMLButtonElement).addEventListener("click", () => askSettings());
 
-// ── what is said to the user ────────────────────────────────────────────────────────────────────────────────────────
+// What is said to the user
 
 let hiding = 0;
 
@@ -215,7 +215,7 @@ function caption(who, words, final) {
   captions.scrollTop = captions.scrollHeight;
 }
 
-// ── the server and its avatars ──────────────────────────────────────────────────────────────────────────────────────
+// The server and its avatars
 
 triton.addEventListener("lost", show);
 triton.addEventListener("found", () => {
@@ -334,7 +334,7 @@ document.addEventListener("visibilitychange", () => {
   if (stream) stream.paused = document.hidden;
 });
 
-// ── ways to make it talk ────────────────────────────────────────────────────────────────────────────────────────────
+// Ways to make it talk
 
 for (const gesture of ["pointerdown", "keydown"]) {
   document.addEventListener(gesture, () => player?.unlock(), { capture: true });
@@ -415,7 +415,7 @@ document.addEventListener("keydown", event => {
   if (event.key === "Escape" && !settings.open) conversation?.interrupt();
 });
 
-// ── the meter ───────────────────────────────────────────────────────────────────────────────────────────────────────
+// The meter
 
 /**
  * @param {number[]} values
@@ -456,7 +456,7 @@ function showMeter() {
 setInterval(showMeter, METER_MS);
 meter.addEventListener("toggle", showMeter);
 
-// ── for tests ───────────────────────────────────────────────────────────────────────────────────────────────────────
+// For tests
 
 Object.assign(window, {
   talksplat: {
