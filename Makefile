@@ -60,6 +60,7 @@ bench: models $(VENV)/.dev  ## every benchmark; prints tables, writes bench/NAME
 	$(BIN)/talksplat-server bench tts --json bench/tts.json
 	$(BIN)/python -m loadtests.profile --json bench/profile.json
 	$(BIN)/python -m loadtests.states --json bench/states.json --picture bench/states.jpg
+	$(BIN)/python -m loadtests.page --json bench/page.json
 	$(BIN)/python -m loadtests.capacity --json bench/capacity.json
 	$(BIN)/python -m loadtests.overload --json bench/overload.json
 	$(MAKE) bench-recordings
