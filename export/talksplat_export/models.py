@@ -114,7 +114,7 @@ def models(asr: str = "base", asr_weights: Path | None = None) -> list[Model]:
     weights, triplanes = _HERE / "weights" / "audio_encoder.safetensors", _RUNTIME / "triplanes.py"
     audio_encoder = Model("audio_encoder", "audio_encoder", [_HERE / "audio_encoder.py", weights])
     asr_encoder = Model("asr_encoder", "moonshine", moonshine, options)
-    voice = [_HERE / "voice.py"]
+    voice = [_HERE / "voice.py"]  # what it has of `talksplat.speaking` are sizes, which the registry has too
     tts_encoder = Model("tts_encoder", "voice", voice)
     tts_flow = Model("tts_flow", "voice", voice, fed_by=[tts_encoder])
     return [

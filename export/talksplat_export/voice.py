@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from talksplat.speaking import CHANNELS
+from talksplat.speaking import CHANNELS, MAX_TOKENS
 
 from ._wheels import wheel_file
 from .registry import Graph, graph
@@ -243,14 +243,22 @@ class Durations(nn.Module):
 
 
 class EncoderGraph(nn.Module):
-    """`TOKENS` [B, P], `NOISE` [B, 2, P] -> `MEANS`, `DEVIATIONS` [B, C, P], `DURATIONS` [B, P]."""
+    """`TOKENS` [B, P], `NOISE` [B, 2, P] -> `MEANS`, `DEVIATIONS` [B, C, P], `DURATIONS` [B, P].
+
+    It fails at once where there are more than `MAX_TOKENS`: attention takes memory by the square of their number, and
+    whoever reaches Triton may send any.
+    """
+
+    limit: Tensor
 
     def __init__(self, voice: Voice) -> None:
         super().__init__()
         self.enc_p, self.dp = voice.enc_p, voice.dp
+        self.register_buffer("limit", torch.zeros(MAX_TOKENS, dtype=torch.int64))
 
     def forward(self, tokens: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """How each token sounds, and for how many frames."""
+        tokens = tokens + self.limit[: tokens.shape[1]]  # shapes that do not fit where there are too many
         x, means, logarithms = self.enc_p(tokens)
         return means, NOISE_SCALE * logarithms.exp(), self.dp(x, DURATION_NOISE_SCALE * noise)
 

@@ -72,6 +72,13 @@ def test_the_three_graphs_compute_what_the_wheels_graph_computes(
     assert np.sqrt(np.mean((spoken - audio) ** 2)) < 0.01 * np.sqrt(np.mean(audio**2))
 
 
+def test_more_tokens_than_memory_could_hold_are_refused_at_once(networks: speaking.Networks) -> None:
+    most = speaking.MAX_TOKENS
+    for tokens, noise in ((most + 1, most + 1), (20 * most, 1), (30, 31)):
+        with pytest.raises(Exception, match="Non-zero status code"):  # ONNX Runtime's own type is not public
+            networks.encoder(np.ones((1, tokens), np.int64), np.zeros((1, 2, noise), np.float32))
+
+
 def test_the_committed_symbols_are_the_wheels() -> None:
     committed = json.loads((replies.REPLIES.with_name("symbols.json")).read_text(encoding="utf-8"))
     assert committed == voice.symbols()

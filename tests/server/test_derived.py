@@ -50,6 +50,14 @@ def committed(server: Server, show: Show) -> npt.NDArray[np.float64]:
     return show(server)
 
 
+def say(server: Server) -> npt.NDArray[np.float32]:
+    """The first piece of a prepared reply."""
+    text = tensor("TEXT", np.array([b"Hello!"], np.object_), "BYTES")
+    with triton.InferenceServerClient(server.grpc_url, channel_args=CHANNEL) as client:
+        start = tensor("START", np.zeros(1, np.int64), "INT64")
+        return np.asarray(client.infer("tts", [text, start]).as_numpy("AUDIO"), np.float32)
+
+
 def tensor(name: str, array: Any, dtype: str) -> Any:
     return triton.InferInput(name, array.shape, dtype).set_data_from_numpy(array)
 
@@ -63,12 +71,14 @@ def test_more_instances_threads_and_a_delay_elsewhere_draw_the_same_frames(
         "deformation": more,
         "audio_encoder": ModelChange(queue_delay_us=0),
         "rasterizer": ModelChange(queue_delay_us=1500, preferred_batch_sizes=(4, 8)),
+        "tts": ModelChange(parameters={"networks": "triton"}),
     }
     derive(tmp_path / "repository", changes)
     with Server(tmp_path / "repository", server.avatars, ports=Ports.free()) as derived:
         with triton.InferenceServerClient(derived.grpc_url, channel_args=CHANNEL) as client:
             vad, rasterizer = (client.get_model_config(name).config for name in ("vad", "rasterizer"))
         frames = show(derived)
+        np.testing.assert_allclose(say(derived), say(server), atol=1e-4)
     assert [group.count for group in vad.instance_group] == [2]
     assert rasterizer.dynamic_batching.max_queue_delay_microseconds == 1500
     np.testing.assert_array_equal(frames, committed)
