@@ -186,6 +186,24 @@ def test_an_interruption_silences_at_once_and_frees_the_server() -> None:
     assert [moment.frame.index for moment in viewer.moments] == pytest.approx(range(len(viewer.moments)), abs=1)
 
 
+def test_an_interruption_waits_for_no_answer_of_a_stuck_server() -> None:
+    async def work() -> list[float]:
+        server = SimulatedServer()
+        viewer = await watch(server)
+        viewer.stream.say(steps(10), RATE)
+        await asyncio.sleep(1)
+        server.seconds = 100
+        await asyncio.sleep(2)
+        server.seconds = 0.03
+        await viewer.stream.interrupt()
+        await asyncio.sleep(0.5)
+        await viewer.close()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        return [time for time, _ in viewer.taken if time > 3]
+
+    assert len(simulate(work())) >= 10
+
+
 def test_after_an_interruption_the_next_utterance_is_whole() -> None:
     async def work() -> Viewer:
         viewer = await watch(SimulatedServer())
