@@ -1,4 +1,4 @@
-"""An avatar in a browser by WebRTC alone: ``python webrtc_server.py``, beside ``make serve``; it says what you type."""
+"""An avatar in a browser by WebRTC alone: ``python webrtc_server.py`` beside ``make serve``. Wants aiohttp, too."""
 
 from pathlib import Path
 
