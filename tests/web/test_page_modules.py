@@ -4,31 +4,15 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from talksplat_client import sentences
+from talksplat_client._turns import EndOfSpeech, Turns
 
 PAGE = Path(__file__).parent / "page"
-WORDS = (  # fmt: skip
-    "Hello",
-    "there",
-    "Dr",
-    "e.g",
-    "I",
-    "J. R",
-    "etc",
-    "3.5",
-    "No",
-    "so",
-    "é",
-    "Ω",
-    "“Yes”",
-    "(well)",
-    "'",
-    "ßa",
-    "",
-)
+WORDS = "Hello|there|Dr|e.g|I|J.R|etc|3.5|No|so|é|Ω|“Yes”|(well)|'|ßa|".split("|")  # noqa: SIM905
 MARKS = (" ", " ", "  ", ".", ". ", "! ", "?! ", "…", "… ", '." ', ".) ", "\n", ".\n", ", ", "\t", "\u00a0")
 
 
@@ -62,3 +46,22 @@ def test_the_page_tells_the_same_sentences_apart() -> None:
         "".join(chance.choice(WORDS) + chance.choice(MARKS) for _ in range(chance.randint(0, 12))) for _ in range(3000)
     ]
     assert decisions(texts=texts)["sentences"] == [sentences(text) for text in texts]
+
+
+def test_the_page_ends_turns_at_the_same_frame() -> None:
+    chance = random.Random(7)
+    settings, fps = EndOfSpeech.load(), 25
+    said = ("A large coffee, please.", "I would like a", "Yes,", "", " Wait for ME ", "The end.\n", "und", "a\u017f")
+    heard: list[list[float | str]] = []
+    for _ in range(300):
+        heard.append([])
+        while len(heard[-1]) < 400:
+            heard[-1] += [chance.choice((0.0, 0.49, 0.5, 0.51, 1.0))] * chance.choice((1, 2, 3, 4, 8, 12, 30))
+            if chance.random() < 0.6:
+                heard[-1].append(chance.choice(said))
+    expected = []
+    for each in heard:
+        turns = Turns(settings, fps)
+        expected.append([turns.recognised(what) if isinstance(what, str) else turns.push(what) for what in each])
+    assert {event for events in expected for event in events} == {None, "begin", "recognise", "resume", "end"}
+    assert decisions(settings=asdict(settings), fps=fps, heard=heard)["events"] == expected
