@@ -16,8 +16,9 @@ from playwright.sync_api import FileChooser, Page, Route, expect
 
 from loadtests import page as bench
 from loadtests.page import Chromium, Stats, Visit, Web
+from talksplat import edge
 from talksplat.edge import MissingNginxError, find_nginx
-from talksplat.server import ROOT
+from talksplat.server import ROOT, Ports, Server
 
 SILENCE = 2.4  # seconds between two greetings: the second falls into the answer to the first
 AXE = ROOT / "client" / "web" / "node_modules" / "axe-core" / "axe.min.js"
@@ -231,6 +232,28 @@ def test_a_server_that_wants_a_key_is_given_one(chromium: Chromium, web: Web) ->
         visit.is_("idle")
         assert keys[0] is None
         assert visit.page.evaluate("() => [localStorage.length, document.cookie]") == [0, ""]
+
+
+def test_behind_the_edge_it_talks_with_a_key(chromium: Chromium, server: Server, tmp_path: Path) -> None:
+    try:
+        find_nginx()
+    except MissingNginxError as error:
+        pytest.skip(str(error))
+    address = edge.Address(tmp_path / "certificate.pem", tmp_path / "key.pem", port=Ports.free().http)
+    edge.make_certificate(address.certificate, address.certificate_key, address.host)
+    key = edge.make_tenants(tmp_path / "tenants.toml")
+    nginx = edge.Edge(tmp_path / "tenants.toml", [server.ports], address, tmp_path / "edge")
+    nginx.start()
+    try:
+        with opened(chromium, f"https://{address.url}/?avatar=red", ignore_https_errors=True) as visit:
+            visit.page.get_by_label("API key of this server").fill(key)
+            visit.page.get_by_role("button", name="Save").click()
+            visit.is_("idle")
+            visit.page.click("#talk")
+            stats = visit.is_("speaking")
+            assert said(stats, "you") == ["Hello, and welcome."]
+    finally:
+        nginx.stop()
 
 
 def test_a_server_that_is_not_there_yet_is_waited_for(chromium: Chromium, web: Web) -> None:
