@@ -218,7 +218,7 @@ def test_a_closed_loop_ends_with_the_first_error(generator: Generator) -> None:
 
 
 def test_the_real_server_carries_a_paced_stream(server: Server, generator: Generator) -> None:
-    load = Load(2, ("red", "green"), size=64, seconds=0.9, chunks=4, kinds=("speaking", "silent"))
+    load = Load(2, ("red", "green"), size=64, seconds=0.9, chunks=4, kinds=("speaking", "silent", "listening"))
     seen = generator.paced(Triton(server.grpc_url), load)
     assert not seen.failed_ms
     assert Summary.of(seen.playouts).frames > 0
