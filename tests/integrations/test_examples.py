@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import importlib.util
 import json
 import subprocess
@@ -21,8 +19,8 @@ import numpy as np
 import pytest
 import soxr
 from aiohttp import web
-from aiortc import MediaStreamTrack, RTCPeerConnection, RTCSessionDescription
-from aiortc.mediastreams import MediaStreamError
+from presence import loud, wait_until
+from webrtc_viewer import Viewer
 
 from talksplat.server import Server
 from talksplat_client import read_audio
@@ -124,39 +122,19 @@ async def test_a_browsers_words_are_spoken_over_webrtc(server: Server) -> None:
     await site.start()
     [address] = runner.addresses
     url = f"http://127.0.0.1:{address[1]}"
-    viewer, loud, pictures = RTCPeerConnection(), asyncio.Event(), asyncio.Event()
-    words = viewer.createDataChannel("words")
-    tasks = []
-
-    async def take(track: MediaStreamTrack) -> None:
-        with contextlib.suppress(MediaStreamError):
-            while True:
-                frame = await track.recv()
-                if isinstance(frame, av.VideoFrame):
-                    pictures.set()
-                elif isinstance(frame, av.AudioFrame) and np.abs(frame.to_ndarray()).max() > 1000:
-                    loud.set()
-
-    viewer.on("track", lambda track: tasks.append(asyncio.create_task(take(track))))
-    viewer.addTransceiver("video", direction="recvonly")
-    viewer.addTransceiver("audio", direction="recvonly")
-    await viewer.setLocalDescription(await viewer.createOffer())
+    viewer = Viewer()
+    words = viewer.connection.createDataChannel("words")
     async with aiohttp.ClientSession() as session:
         async with session.get(url) as response:
             assert "RTCPeerConnection" in await response.text()
             assert response.content_type == "text/html"
-        offer = {"sdp": viewer.localDescription.sdp, "type": viewer.localDescription.type}
-        async with session.post(f"{url}/offer", json=offer) as response:
+        async with session.post(f"{url}/offer", json=await viewer.offer()) as response:
             answer = await response.json()
     assert "H264/90000" in answer["sdp"]
-    await viewer.setRemoteDescription(RTCSessionDescription(**answer))
-    async with asyncio.timeout(20):
-        await pictures.wait()
-        assert not loud.is_set()
-        while words.readyState != "open":
-            await asyncio.sleep(0.02)
-        words.send("You are welcome.")  # a prepared sentence
-        await loud.wait()
+    await viewer.accept(answer)
+    await wait_until(lambda: words.readyState == "open" and len(viewer.pictures) > 3)
+    assert not loud(viewer.sounds)
+    words.send("You are welcome.")  # a prepared sentence
+    await wait_until(lambda: len(loud(viewer.sounds)) > 3)
     await viewer.close()
-    await asyncio.gather(*tasks)
     await runner.cleanup()

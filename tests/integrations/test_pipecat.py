@@ -38,6 +38,7 @@ from pipecat.workers.runner import WorkerRunner
 from presence import Sound, flashes, loud, no_leaks, skews, speech, wait_until
 from scripted_server import ScriptedServer
 from simulated_server import SIDE, SimulatedServer
+from webrtc_viewer import Viewer
 
 from talksplat.server import Ports, Server
 from talksplat_client import AsyncClient, ServerUnavailableError, Timeout, UnknownAvatarError
@@ -72,21 +73,24 @@ def pts(frames: Sequence[Frame], kind: type[Frame]) -> list[int]:  # ns
     return [frame.pts for frame in frames if isinstance(frame, kind) and frame.pts is not None]
 
 
+def screen(size: int) -> TransportParams:
+    """As the service wants them."""
+    return TransportParams(
+        audio_out_enabled=True,
+        audio_out_end_silence_secs=0,
+        video_out_enabled=True,
+        video_out_is_live=True,
+        video_out_framerate=25,
+        video_out_width=size,
+        video_out_height=size,
+    )
+
+
 class RecordingTransport(BaseOutputTransport):
     """Pipecat's output transport, with a screen and a loudspeaker that write down what they are given, and when."""
 
     def __init__(self, size: int) -> None:
-        super().__init__(
-            TransportParams(
-                audio_out_enabled=True,
-                audio_out_end_silence_secs=0,
-                video_out_enabled=True,
-                video_out_is_live=True,
-                video_out_framerate=25,
-                video_out_width=size,
-                video_out_height=size,
-            )
-        )
+        super().__init__(screen(size))
         self.pictures: list[tuple[float, bytes]] = []
         self.sounds: list[tuple[float, Sound]] = []  # when each is heard, and 10 ms of it
         self._heard = 0.0  # all until then
@@ -131,17 +135,9 @@ async def test_an_avatar_rests_between_turns_and_every_frame_comes_with_its_soun
         down, up = await through(TalksplatVideoService(client, "red"), frames)
     assert up == []
     assert (said(down) == np.concatenate(turns)).all()
-    order = "".join(
-        {
-            OutputImageRawFrame: "i",
-            TTSAudioRawFrame: "s",
-            TTSTextFrame: "t",
-            TTSStartedFrame: "<",
-            TTSStoppedFrame: ">",
-        }[type(frame)]
-        for frame in down
-    )
-    assert re.fullmatch(r"i{9,}<t(is){12,13}t(is){12,13}>i{9,}<t(is){7,8}t(is){7,8}>i{9,}", order)
+    letters = {OutputImageRawFrame: "i", TTSAudioRawFrame: "a", TTSTextFrame: "t", TTSStartedFrame: "<"}
+    order = "".join(letters.get(type(frame), ">") for frame in down)
+    assert re.fullmatch(r"i{9,}<t(ia){12,13}t(ia){12,13}>i{9,}<t(ia){7,8}t(ia){7,8}>i{9,}", order)
     for picture, sound in itertools.pairwise(down):
         if isinstance(sound, TTSAudioRawFrame):
             assert sound.pts == picture.pts
@@ -197,6 +193,29 @@ async def test_an_interruption_silences_the_transport_at_once_and_the_next_turn_
         await asyncio.sleep(1.5)
         heard = np.concatenate([sound for _, sound in transport.sounds[before:]])
         assert (np.trim_zeros(heard) == np.trim_zeros(speech(0.6, RATE))).all()
+
+
+async def test_pipecats_own_webrtc_carries_the_avatar_to_a_viewer_and_an_interruption_too() -> None:
+    smallwebrtc = pytest.importorskip("pipecat.transports.smallwebrtc.transport", reason="it wants OpenCV")
+    viewer = Viewer()
+    async with no_leaks(), SimulatedServer().client() as client:
+        connection = smallwebrtc.SmallWebRTCConnection()
+        await connection.initialize(**await viewer.offer())
+        transport = smallwebrtc.SmallWebRTCTransport(connection, screen(SIDE))
+        async with pipeline(TalksplatVideoService(client, "ava"), transport.output()) as worker:
+            await viewer.accept(connection.get_answer())
+            await connection.connect()
+            await wait_until(lambda: len(viewer.pictures) > 5)
+            assert not loud(viewer.sounds)
+            await worker.queue_frames(spoken(speech(8, RATE)))
+            await wait_until(lambda: len(loud(viewer.sounds)) > 20)
+            interrupted = time.monotonic()
+            await worker.queue_frame(InterruptionFrame())
+            await asyncio.sleep(1.5)
+            assert loud(viewer.sounds)[-1] < interrupted + 1
+            assert {(picture.width, picture.height) for picture in viewer.pictures} == {(SIDE, SIDE)}
+        await connection.disconnect()
+        await viewer.close()
 
 
 async def test_what_stands_after_an_interrupted_word_never_comes_unless_it_may_not_be_lost() -> None:

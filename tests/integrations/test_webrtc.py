@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
 import time
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 from aiortc import MediaStreamTrack, RTCPeerConnection
 from aiortc.mediastreams import MediaStreamError
-from presence import Sound, loud, no_leaks, wait_until
+from presence import loud, no_leaks, wait_until
 from scripted_server import ScriptedServer
 from simulated_server import THE_CLOCK, SimulatedServer, simulate
+from webrtc_viewer import Viewer
 
 from talksplat.server import Ports, Server
 from talksplat_client import AsyncClient, ServerUnavailableError, Timeout, UnknownAvatarError
@@ -85,40 +84,17 @@ def test_sound_and_picture_stay_together_for_ten_minutes_though_their_clocks_dri
     assert drift < 0 or drifted > 0.04  # a loudspeaker that is late would be 60 ms behind frames by themselves
 
 
-class Viewer:
-    """The other end of a connection, and what came."""
-
-    def __init__(self) -> None:
-        self.connection = RTCPeerConnection()
-        self.pictures: list[av.VideoFrame] = []
-        self.sounds: list[tuple[float, Sound]] = []  # when each came, and its samples
-        self._tasks: list[asyncio.Task[None]] = []
-        self.connection.on("track", lambda track: self._tasks.append(asyncio.create_task(self._take(track))))
-
-    async def see(self, tracks: AvatarTracks) -> RTCPeerConnection:
-        """Connect."""
-        sending = RTCPeerConnection()
-        sending.addTrack(tracks.video)
-        sending.addTrack(tracks.audio)
-        prefer_h264(sending)
-        await sending.setLocalDescription(await sending.createOffer())
-        await self.connection.setRemoteDescription(sending.localDescription)
-        await self.connection.setLocalDescription(await self.connection.createAnswer())
-        await sending.setRemoteDescription(self.connection.localDescription)
-        return sending
-
-    async def close(self) -> None:
-        await self.connection.close()
-        await asyncio.wait_for(asyncio.gather(*self._tasks), 10)
-
-    async def _take(self, track: MediaStreamTrack) -> None:
-        with contextlib.suppress(MediaStreamError):
-            while True:
-                frame = await track.recv()
-                if isinstance(frame, av.VideoFrame):
-                    self.pictures.append(frame)
-                elif isinstance(frame, av.AudioFrame):
-                    self.sounds.append((time.monotonic(), frame.to_ndarray().astype(np.int16)))
+async def connect(tracks: AvatarTracks, viewer: Viewer) -> RTCPeerConnection:
+    """The sending end."""
+    sending = RTCPeerConnection()
+    sending.addTrack(tracks.video)
+    sending.addTrack(tracks.audio)
+    prefer_h264(sending)
+    await sending.setLocalDescription(await sending.createOffer())
+    await viewer.connection.setRemoteDescription(sending.localDescription)
+    await viewer.connection.setLocalDescription(await viewer.connection.createAnswer())
+    await sending.setRemoteDescription(viewer.connection.localDescription)
+    return sending
 
 
 async def play(track: MediaStreamTrack) -> None:
@@ -130,7 +106,7 @@ async def test_a_viewer_gets_h264_with_growing_pts_and_the_sound_that_was_said(s
     tone = (8_000 * np.sin(2 * np.pi * 440 / SAMPLE_RATE * np.arange(SAMPLE_RATE))).astype(np.int16)  # a second
     async with no_leaks(), AsyncClient(server.grpc_url) as client:
         tracks, viewer = await AvatarTracks.load(client, "red"), Viewer()
-        sending = await viewer.see(tracks)
+        sending = await connect(tracks, viewer)
         payload = re.search(r"^m=video \d+ \S+ (\d+)", viewer.connection.localDescription.sdp, re.MULTILINE)
         assert payload is not None
         assert f"a=rtpmap:{payload[1]} H264/90000" in viewer.connection.localDescription.sdp
