@@ -11,7 +11,7 @@ import numpy as np
 import page_files
 import pytest
 
-from talksplat import clock, edge, web
+from talksplat import cli, clock, edge, web
 from talksplat.edge import EdgeError, MissingNginxError
 from talksplat.server import HOST, ROOT, PortInUseError, Ports, Server
 from talksplat.web import Page, PublicAddressError
@@ -144,6 +144,11 @@ def test_only_the_loopback_is_listened_on(visitor: Visitor) -> None:
 def test_another_address_than_the_loopbacks_is_refused(host: str, tmp_path: Path) -> None:
     with pytest.raises(PublicAddressError, match=r"expected an address of this machine alone.*secure"):
         Page(Ports(), host, 1, tmp_path)
+
+
+def test_the_command_says_why_it_does_not_serve(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["web", "--host", "0.0.0.0", "--run-dir", str(tmp_path)]) == 1
+    assert "talksplat-server: --host is 0.0.0.0, expected an address of this machine alone" in capfd.readouterr().err
 
 
 def test_a_server_that_is_away_is_said_to_be(visitor: Visitor, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from make_avatar import write_avatar
 
@@ -43,6 +44,10 @@ def web(folder: Path) -> Iterator[Web]:
     shutil.copytree(ROOT / "avatars" / "ava", folder / "avatars" / "ava")
     with Web(folder / "run", folder / "avatars") as web:
         yield web
+        left = psutil.Process(web.process.pid).children(recursive=True)
+    assert web.process.returncode == 0
+    assert web.output.read_text().endswith("Stopped.\n")
+    assert not [each for each in left if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.fixture(scope="module")
