@@ -244,8 +244,8 @@ export class Conversation {
   #answer() {
     const guess = this.#guess;
     this.#guess = null;
-    this.#stream.listening = 0;
     if (!guess?.pieces || !guess.text) {
+      this.#stream.listening = 0;
       this.#become("idle"); // a noise
       return;
     }
@@ -340,6 +340,7 @@ export class Conversation {
     try {
       for await (const { samples, caption } of pieces) {
         signal.throwIfAborted();
+        this.#stream.listening = 0; // not before, since what is shown next is asked for anew each time
         await voice.push(samples, () => heard(caption));
       }
       voice.end();
@@ -352,6 +353,7 @@ export class Conversation {
     }
     if (signal.aborted) return;
     this.#saying = null;
+    this.#stream.listening = 0;
     this.#become("idle");
   }
 

@@ -8,6 +8,7 @@ const RESTING_AHEAD = 0.5; // seconds of frames kept ready at rest: few, since a
 const SPEAKING_AHEAD = 1; // seconds, in speech
 const URGENT = 0.16; // seconds before a chunk is due for which a voice that goes on is waited for
 const ENOUGH = 4; // seconds of voice ahead of what is heard
+const EAGERNESS = 0.5; // of the mean latency a voice begins after: a face at rest may be held a little, it is not seen
 const SLOWNESS = 0.15; // weight of the latest chunk in the mean latency
 const LISTENING_STEP = 0.5; // at most, from one chunk to the next
 
@@ -179,7 +180,7 @@ export class Stream {
    */
   #say(samples) {
     const spf = this.#clock.samplesPerFrame;
-    const begin = Math.max(this.#tape.end, this.#soonest(this.#latency + this.#screen.soundLead) * spf);
+    const begin = Math.max(this.#tape.end, this.#soonest(EAGERNESS * this.#latency) * spf);
     this.#tape.endAt(begin);
     this.#tape.append(samples);
     const frames = { begin: Math.floor(begin / spf), end: Math.floor(this.#tape.end / spf) };
