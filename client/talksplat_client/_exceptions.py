@@ -99,10 +99,10 @@ class MediaError(TalksplatError):
 
 
 class MissingExtraError(TalksplatError, ImportError):
-    """A package of the extra ``media`` is needed and missing; the message says how to install it."""
+    """A package of an extra is needed and missing; the message says how to install it."""
 
-    def __init__(self, what: str, package: str) -> None:
-        super().__init__(f"{what} needs the package {package}: pip install 'talksplat-client[media]'")
+    def __init__(self, what: str, package: str, extra: str = "media") -> None:
+        super().__init__(f"{what} needs the package {package}: pip install 'talksplat-client[{extra}]'")
 
 
 def from_status(

@@ -101,6 +101,15 @@ def synthesize(
     return _infer("tts", inputs, ["AUDIO", "SAMPLES"], {}, f"{stream}-tts-{start}")
 
 
+def detect(
+    audio: Samples,  # [WINDOW]
+    end: int,  # frame that comes after its chunk
+    stream: str,  # id
+) -> Request:
+    """Which frames of a window's chunk are speech."""
+    return _infer("vad", [_floats("AUDIO", audio[None])], ["SPEECH"], {}, f"{stream}-vad-{end}")
+
+
 def operation(name: str, avatar: str, stream: str) -> Request:
     """An operation of the rasterizer: ``list``, ``preload`` or ``unload``."""
     tensor = _strings("AVATAR", avatar, [1, 1])
@@ -136,6 +145,11 @@ def speech(response: Response) -> tuple[Samples, int]:
     if len(data) != 8:
         raise ServerError(f"the server's output SAMPLES has shape {list(shape)}, expected [1]")
     return np.array(_floats_of(response, "AUDIO"), np.float32), int.from_bytes(data, "little", signed=True)
+
+
+def probabilities(response: Response) -> list[float]:
+    """Of speech, one a frame of the chunk, in an answer to `detect`."""
+    return _floats_of(response, "SPEECH")
 
 
 def utterance(response: Response, first: int, count: int, state: StreamState) -> Utterance:

@@ -32,6 +32,14 @@ class EndOfSpeech:
         """From conversation.json."""
         return cls(**conversation()["end_of_speech"])
 
+    def silence_seconds(
+        self,
+        text: str,  # stripped
+    ) -> float:
+        """Of silence that end a turn in which this was said."""
+        unfinished = re.search(self.unfinished, text, re.IGNORECASE | re.ASCII)
+        return self.unfinished_seconds if unfinished else self.finished_seconds
+
 
 @cache
 def conversation() -> dict[str, Any]:
@@ -49,7 +57,6 @@ class Turns:
 
     def __init__(self, settings: EndOfSpeech, fps: int) -> None:
         self._settings, self._fps = settings, fps
-        self._unfinished = re.compile(settings.unfinished, re.IGNORECASE | re.ASCII)
         self._speech = 0  # frames of it in a row
         self._silence = 0  # frames of it since the last speech
         self._text: str | None = None  # that was recognised since the last speech
@@ -82,11 +89,7 @@ class Turns:
         return self._decide()
 
     def _decide(self) -> TurnEvent | None:
-        if self._text is None:
-            return None
-        unfinished = self._unfinished.search(self._text)
-        seconds = self._settings.unfinished_seconds if unfinished else self._settings.finished_seconds
-        if self._silence < self._frames(seconds):
+        if self._text is None or self._silence < self._frames(self._settings.silence_seconds(self._text)):
             return None
         self.in_turn = False
         self._text = None

@@ -1,0 +1,499 @@
+"""Somebody speaks, an avatar answers: from sound to frames, and frames all the while.
+
+    async with aclosing(converse(client, packets, avatar="ava", sample_rate=48_000)) as events:
+        async for event in events:
+            if isinstance(event, Moment):
+                show(event.frame, event.sound)
+
+What is said is recognised, answered and spoken as a guess while its end is still being confirmed; a guess is thrown
+away when the person goes on. `_turns` decides when a turn ends. The microphone must not hear the avatar: a headset, or
+the echo cancellation of the system or of a browser, is assumed; without one the avatar interrupts itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+
+from ._asyncio import AsyncClient, Audio, _async_packets
+from ._audio import Pcm, Samples, Track, to_mono
+from ._clock import Clock
+from ._exceptions import MissingExtraError
+from ._live import LiveStream, Moment
+from ._speaking import sentences
+from ._state import Format
+from ._turns import EndOfSpeech, TurnEvent, Turns, conversation
+
+__all__ = [
+    "ChatModel",
+    "Event",
+    "Failed",
+    "Interrupted",
+    "Message",
+    "Moment",
+    "Responder",
+    "Scripted",
+    "Sentence",
+    "Turn",
+    "TurnBegan",
+    "TurnEnded",
+    "converse",
+]
+
+Item = TypeVar("Item")
+
+RUN_IN_SECONDS = 0.3  # before a turn's first speech that are recognised with it
+PROMPT = (
+    "You are a friendly talking avatar. What you write is spoken aloud: answer in one to three short sentences, "
+    "in plain words, without lists, markup or emoji."
+)
+
+
+@dataclass(frozen=True)
+class Message:
+    """Something that was said."""
+
+    role: Literal["user", "assistant"]
+    content: str  # of an interrupted answer what was heard, with a dash after it
+
+
+class Responder(Protocol):
+    """Who answers: anything that takes what was said so far, the question last, and yields the answer's text."""
+
+    def __call__(self, messages: Sequence[Message], /) -> AsyncIterator[str]:
+        """Yield the text in parts of any length. It is closed when the answer is no longer wanted."""
+        ...
+
+
+@dataclass(frozen=True)
+class TurnBegan:
+    """The person speaks; the avatar listens."""
+
+    at: float  # seconds of the sound: where they began
+
+
+@dataclass(frozen=True)
+class TurnEnded:
+    """The person has finished."""
+
+    text: str  # empty where it was only a noise, which nobody answers
+    at: float  # seconds of the sound: where they ended
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """The avatar begins to say this; the moments that follow are its own."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How long the person waited, in seconds; follows the answer's first `Moment`. The stages add up."""
+
+    text: str  # what the person said
+    end_of_speech: float  # from the last frame of speech until the silence was long enough
+    recognition: float  # until the text was there, where that was later
+    reply: float  # until the first sentence of the answer, if it was not there by then
+    voice: float  # until its first sound
+    first_frame: float  # until its first frame
+
+    @property
+    def answer(self) -> float:
+        """All of it."""
+        return self.end_of_speech + self.recognition + self.reply + self.voice + self.first_frame
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """The person spoke while the avatar did, or was about to: it is silent."""
+
+    said: str  # what was heard of the answer
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Recognition, responder or voice failed: the turn is over, the conversation goes on."""
+
+    error: Exception
+
+
+Event: TypeAlias = Moment | TurnBegan | TurnEnded | Sentence | Turn | Interrupted | Failed
+
+
+class Scripted:
+    """Answers from the script of conversation.json, and says that it does."""
+
+    def __init__(self, rules: Sequence[Mapping[str, str]] | None = None) -> None:
+        self._rules: Sequence[Mapping[str, str]] = conversation()["script"] if rules is None else rules
+
+    async def __call__(self, messages: Sequence[Message], /) -> AsyncIterator[str]:
+        """What the first rule says whose expression is found."""
+        text = messages[-1].content
+        says = next((rule["says"] for rule in self._rules if re.search(rule["hears"], text, re.I | re.ASCII)), "")
+        yield says
+        first = not any(message.role == "assistant" for message in messages)
+        if first and not re.search(r"\bscript\b", says, re.IGNORECASE):
+            yield " " + sentences(conversation()["script"][-1]["says"])[-1]
+
+
+class ChatModel:
+    """Answers with a language model behind any endpoint of OpenAI's kind; needs the extra ``llm``.
+
+    Args:
+        model: its name there.
+        url: of the endpoint, before ``/chat/completions``; None: the environment's, or OpenAI's own.
+        key: None: that of the environment, ``OPENAI_API_KEY``.
+        prompt: what the model is told beforehand.
+
+    Raises:
+        MissingExtraError: the package is not installed.
+    """
+
+    def __init__(self, model: str, *, url: str | None = None, key: str | None = None, prompt: str = PROMPT) -> None:
+        try:
+            from openai import AsyncOpenAI
+        except ImportError:
+            raise MissingExtraError("a language model", "openai", "llm") from None
+        self._client = AsyncOpenAI(base_url=url, api_key=key, max_retries=1)
+        self._model, self._prompt = model, prompt
+
+    async def __call__(self, messages: Sequence[Message], /) -> AsyncIterator[str]:
+        """The text as it is made. Errors are those of ``openai``."""
+        said: list[Any] = [{"role": "system", "content": self._prompt}, *map(asdict, messages)]
+        async with await self._client.chat.completions.create(model=self._model, messages=said, stream=True) as parts:
+            async for part in parts:
+                if part.choices and (text := part.choices[0].delta.content):
+                    yield text
+
+
+async def converse(
+    client: AsyncClient,
+    audio: Audio,  # what the person's microphone hears, as it comes
+    *,
+    avatar: str,
+    sample_rate: int | None = None,  # Hz, of ``audio``; None: the server's
+    respond: Responder | None = None,  # None: `Scripted`
+    speak: Callable[[str], AsyncIterable[Pcm]] | None = None,  # a sentence -> its sound; None: the server's voice
+    speak_rate: int | None = None,  # Hz, of that sound and of the moments'; None: the server's
+    lead: float = 0.0,  # seconds by which moments of speech may come before they are due, for those who buffer sound
+    size: int | None = None,  # height and width of the frames in pixels; None: the avatar's own
+    format: Format = "jpeg",
+) -> AsyncGenerator[Event, None]:
+    """Talk with somebody.
+
+    Moments come as time passes, one a frame, without end: at rest, listening, speaking. Their frames are numbered
+    without a gap, but for the one that an interruption drops. The other events come between them. Whoever speaks for `EndOfSpeech.begin_seconds` while the avatar does
+    interrupts it. When the audio ends, what was said is still answered.
+
+    Yields:
+        See the classes of `Event`.
+
+    Raises:
+        TalksplatError: the server is lost, the avatar unknown, or the audio not what was announced.
+        Exception: whatever the audio raises.
+    """
+    clock = await client.clock()
+    track = Track(clock.rate(sample_rate), clock.sample_rate, clock.samples_per_frame)
+    live = await LiveStream[Any].open(
+        client, avatar, sample_rate=clock.rate(speak_rate), lead=lead, size=size, format=format
+    )
+    talk = _Conversation(client, clock, track, live, respond or Scripted(), speak or client.synthesize)
+    hearing = asyncio.create_task(talk.hear(audio), name="talksplat-ears")
+    try:
+        async with aclosing(live.moments()) as moments:
+            async for each in moments:
+                if isinstance(each, _Spoken):
+                    talk.spoken(each.answer)
+                    continue
+                yield each
+                if (turn := talk.seen(each)) is not None:
+                    yield turn
+        await hearing
+    finally:
+        await talk.close(hearing)
+
+
+class _Answer:
+    """To what the person has probably said. What it does is held back until that is sure."""
+
+    def __init__(self) -> None:
+        self.text: str | None = None  # what they have said, once that is known
+        self.task: asyncio.Task[None] | None = None
+        self.replied = self.sounded = 0.0  # when its first sentence and its first sound were there
+        self.waits: tuple[float, float, float] | None = None  # when speech, its silence and the turn ended
+        self.shown = 0  # samples
+        self.sentences: list[tuple[str, int]] = []  # that are being said, each with the samples before it
+        self.samples = 0  # of all of them, so far
+        self._held: list[Callable[[], None]] | None = []
+
+    def do(self, action: Callable[[], None]) -> None:
+        """Now, or when `release` is called."""
+        if self._held is None:
+            action()
+        else:
+            self._held.append(action)
+
+    def release(self) -> None:
+        """It is wanted."""
+        held, self._held = self._held or [], None
+        for action in held:
+            action()
+
+    def heard(self) -> str:
+        """What was heard of it; of a sentence that was cut off as many words as it had time for, and a dash."""
+        heard, ends = [], [begin for _, begin in self.sentences[1:]] + [self.samples]
+        for (sentence, begin), end in zip(self.sentences, ends, strict=True):
+            words = sentence.split()
+            count = int(len(words) * min(1.0, (self.shown - begin) / max(1, end - begin)))
+            if self.shown >= end:
+                heard.append(sentence)
+            elif count > 0:
+                heard.append(" ".join(words[:count]) + " —")
+        return " ".join(heard)
+
+
+@dataclass(frozen=True)
+class _Spoken:
+    """All of an answer is out."""
+
+    answer: _Answer
+
+
+class _Conversation:
+    """What is heard, decided and answered.
+
+    Args:
+        track: of what the microphone hears.
+        live: the face. What it is marked with comes out between its moments, when all that was said before is out.
+    """
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        clock: Clock,
+        track: Track,
+        live: LiveStream[Any],
+        respond: Responder,
+        speak: Callable[[str], AsyncIterable[Pcm]],
+    ) -> None:
+        self._client, self._clock, self._track, self._live = client, clock, track, live
+        self._respond, self._speak = respond, speak
+        self._settings = EndOfSpeech.load()
+        self._turns = Turns(self._settings, clock.fps)
+        self._messages: list[Message] = []
+        self._guess: _Answer | None = None  # to what may be all that the person says
+        self._answer: _Answer | None = None  # that is wanted, and not out yet
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._news = asyncio.Event()  # there is more to hear
+        self._came = 0.0  # when it came
+        self._begin = self._end = 0  # samples: of what is to be recognised, of the last speech
+        self._rests = asyncio.Event()  # there is no answer
+        self._rests.set()
+
+    async def hear(self, audio: Audio) -> None:
+        """All of the audio; when its last turn is answered, the face goes."""
+        tasks = [asyncio.create_task(each) for each in (self._read(audio), self._attend())]
+        try:
+            await asyncio.gather(*tasks)
+            if self._turns.in_turn:
+                if self._guess is None:
+                    self._recognise(self._track.end)
+                if self._guess is not None and self._guess.task is not None:
+                    await asyncio.wait([self._guess.task])  # held back, it ends
+                self._end_turn()
+            await self._rests.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await self._live.close()
+
+    async def close(self, hearing: asyncio.Task[None]) -> None:
+        """End it, and all that is under way."""
+        tasks = [hearing, *self._tasks]
+        for task in tasks:
+            task.cancel()
+        await self._live.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, audio: Audio) -> None:
+        async for packet in _async_packets(audio):
+            self._track.push(to_mono(packet))
+            self._came = _now()
+            self._news.set()
+        self._track.finish()
+        self._news.set()
+
+    async def _attend(self) -> None:
+        """Find out which frames are speech, as they come, up to a chunk at a time."""
+        clock, track, seen = self._clock, self._track, 0  # samples
+        before = clock.left_context + clock.chunk
+        while True:
+            heard = min(track.ready, track.end)
+            frames = min(clock.chunk_frames, int(heard - seen) // clock.samples_per_frame)
+            if frames:
+                end = seen + frames * clock.samples_per_frame
+                sound = track.read(end - before, end + clock.look_ahead)
+                sound[before:] = 0  # what comes later is not known, even if it is here: packets may be long
+                for probability in (await self._client._detect(sound, end // clock.samples_per_frame))[-frames:]:
+                    seen += clock.samples_per_frame
+                    if probability > self._settings.speech:
+                        self._end = seen
+                    await self._take(self._turns.push(probability), seen)
+                if not self._turns.in_turn:
+                    run_in = RUN_IN_SECONDS + self._settings.begin_seconds
+                    self._begin = max(0, seen - round(run_in * clock.sample_rate))
+                track.forget(min(self._begin, seen - before))
+            elif heard < track.ready:
+                return  # the audio has ended
+            else:
+                self._news.clear()
+                await self._news.wait()
+
+    async def _take(self, event: TurnEvent | None, position: int) -> None:
+        """What the sound up to there means."""
+        if event == "begin":
+            self._live.listening = 1.0
+            await self._interrupt()
+            self._live.mark(TurnBegan(position / self._clock.sample_rate - self._settings.begin_seconds))
+        elif event == "recognise":
+            self._recognise(position)
+        elif event == "resume":
+            self._drop()
+        elif event == "end":
+            self._end_turn()
+
+    def _recognise(self, end: int) -> None:
+        """Find out what was said up to there, and begin to answer it."""
+        self._drop()
+        self._guess = answer = _Answer()
+        sound = self._track.read(self._begin, end)
+        answer.task = asyncio.create_task(self._make(answer, sound), name="talksplat-answer")
+        self._tasks.add(answer.task)
+        answer.task.add_done_callback(self._tasks.discard)
+
+    async def _make(self, answer: _Answer, sound: Samples) -> None:
+        try:
+            answer.text = (await self._client.transcribe(sound)).strip()
+            if self._turns.recognised(answer.text) == "end":
+                self._end_turn(self._settings.silence_seconds(answer.text))
+            if answer.text:
+                await self._reply(answer, [*self._messages, Message("user", answer.text)])
+        except Exception as error:
+            answer.do(partial(self._live.mark, Failed(error)))
+        answer.do(self._live.finish)
+        answer.do(partial(self._live.mark, _Spoken(answer)))
+        if answer.text is None and answer is self._guess:  # nobody will know what was said
+            self._turns = Turns(self._settings, self._clock.fps)
+            self._end_turn()
+
+    async def _reply(self, answer: _Answer, messages: Sequence[Message]) -> None:
+        async with aclosing(_whole(self._respond(messages))) as reply:
+            async for sentence in reply:
+                answer.replied = answer.replied or _now()
+                begins = True
+                async with _closing(self._speak(sentence)) as packets:
+                    async for packet in packets:
+                        answer.sounded = answer.sounded or _now()
+                        answer.do(partial(self._say, answer, to_mono(packet), sentence if begins else None))
+                        begins = False
+
+    def _say(self, answer: _Answer, sound: Samples, begins: str | None) -> None:
+        if begins is not None:
+            answer.sentences.append((begins, answer.samples))
+            self._live.mark(Sentence(begins))
+        answer.samples += sound.size
+        self._live.say(sound, self._live.sample_rate)
+
+    def _end_turn(self, silence: float | None = None) -> None:
+        """The person has finished: the guess was right.
+
+        Args:
+            silence: seconds of it that were enough, if the text came later than that.
+        """
+        answer, self._guess = self._guess, None
+        self._live.listening = 0.0
+        if answer is None:
+            return
+        now = _now()
+        last = self._came - (self._track.end - self._end) / self._clock.sample_rate
+        answer.waits = (last, now if silence is None else min(now, last + silence), now)
+        self._live.mark(TurnEnded(answer.text or "", self._end / self._clock.sample_rate))
+        if answer.text:
+            self._messages.append(Message("user", answer.text))
+        self._answer = answer
+        self._rests.clear()
+        answer.release()
+
+    async def _interrupt(self) -> None:
+        """Whatever the avatar says or is about to say: it is silent."""
+        answer, self._answer = self._answer, None
+        if answer is None or answer.task is None:
+            return
+        answer.task.cancel()
+        await self._live.interrupt()
+        self._remember(answer)
+        self._live.mark(Interrupted(answer.heard()))
+
+    def _drop(self) -> None:
+        """Give up the guess."""
+        guess, self._guess = self._guess, None
+        if guess is not None and guess.task is not None:
+            guess.task.cancel()
+
+    def seen(self, event: Event) -> Turn | None:
+        """Something has come out; what is known with an answer's first moment."""
+        answer = self._answer
+        if answer is None or not isinstance(event, Moment) or event.sound is None:
+            return None
+        first, answer.shown = not answer.shown, answer.shown + event.sound.size
+        if not first or answer.waits is None:
+            return None
+        last, silent, ended = answer.waits
+        replied = max(ended, answer.replied)
+        sounded = max(replied, answer.sounded)
+        stages = (silent - last, ended - silent, replied - ended, sounded - replied, event.due - sounded)
+        return Turn(answer.text or "", *stages)
+
+    def spoken(self, answer: _Answer) -> None:
+        """All of an answer is out."""
+        if answer is self._answer:
+            self._answer = None
+            self._remember(answer)
+
+    def _remember(self, answer: _Answer) -> None:
+        if heard := answer.heard():
+            self._messages.append(Message("assistant", heard))
+        self._rests.set()
+
+
+async def _whole(parts: AsyncIterable[str]) -> AsyncGenerator[str, None]:
+    """The sentences of a text that comes in parts, each as soon as the next one begins."""
+    text, count = "", 0
+    async with _closing(parts):
+        async for part in parts:
+            text += part
+            for sentence in sentences(text)[count:-1]:
+                yield sentence
+                count += 1
+    for sentence in sentences(text)[count:]:
+        yield sentence
+
+
+@asynccontextmanager
+async def _closing(items: AsyncIterable[Item]) -> AsyncIterator[AsyncIterable[Item]]:
+    """A generator is closed as soon as nobody takes from it; other iterables have nothing to close."""
+    try:
+        yield items
+    finally:
+        if isinstance(items, AsyncGenerator):
+            await items.aclose()
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
