@@ -4,10 +4,13 @@ import { sentences, sentencesOf } from "./sentences.js";
 import { TalksplatError } from "./triton.js";
 
 /** @typedef {{role: "user" | "assistant", content: string}} Message */
-/** @typedef {{hears: string, says: string}} Rule the first whose regular expression `hears` matches answers */
+/**
+ * The first rule whose regular expression `hears` matches answers; the last one matches all, and its last sentence says
+ * that this is a script.
+ * @typedef {{hears: string, says: string}} Rule
+ */
 /** @typedef {{name: string, answer: (messages: Message[], signal: AbortSignal) => AsyncGenerator<string>}} Responder */
 
-const DISCLOSURE = "I answer from a script, since no language model is connected.";
 const PROMPT =
   "You are a friendly talking avatar. What you write is spoken aloud: answer in one to three short sentences, " +
   "in plain words, without lists, markup or emoji.";
@@ -24,7 +27,7 @@ export function script(rules) {
       const says = rules.find(({ hears }) => new RegExp(hears, "i").test(text))?.says ?? "";
       yield* sentences(says);
       const first = !messages.some(({ role }) => role === "assistant");
-      if (first && !/\bscript\b/i.test(says)) yield DISCLOSURE;
+      if (first && !/\bscript\b/i.test(says)) yield* sentences(rules.at(-1)?.says ?? "").slice(-1); // says that it is one
     },
   };
 }
