@@ -127,4 +127,6 @@ def brightness(level: float) -> int:  # 0 to 255
 @functools.cache
 def _picture(value: int, format: str) -> bytes:
     pixels = np.full((SIDE, SIDE, 3), value, np.uint8)
-    return bytes(simplejpeg.encode_jpeg(pixels, quality=95)) if format == "jpeg" else pixels.tobytes()
+    if format == "raw":
+        return pixels.tobytes()
+    return bytes(simplejpeg.encode_jpeg(pixels, quality=95, colorsubsampling="420"))  # as the real one

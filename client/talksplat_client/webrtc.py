@@ -159,7 +159,7 @@ class VideoTrack(MediaStreamTrack):
         except TalksplatError as error:
             raise MediaStreamError from error
         picture = self._reformatter.reformat(
-            decoded, format="yuv420p", dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG
+            decoded, format="yuv420p", dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG, threads=1
         )
         picture.pts, picture.time_base = round(seconds / VIDEO_TIME_BASE), VIDEO_TIME_BASE
         return picture
