@@ -188,8 +188,9 @@ async def converse(
     """Talk with somebody.
 
     Moments come as time passes, one a frame, without end: at rest, listening, speaking. Their frames are numbered
-    without a gap, but for the one that an interruption drops. The other events come between them. Whoever speaks for `EndOfSpeech.begin_seconds` while the avatar does
-    interrupts it. When the audio ends, what was said is still answered.
+    without a gap, but for the one that an interruption drops. The other events come between them. Whoever speaks for
+    `EndOfSpeech.begin_seconds` while the avatar does interrupts it. When the audio ends, what was said is still
+    answered.
 
     Yields:
         See the classes of `Event`.
