@@ -7,6 +7,7 @@
                          deformation net; the last row of each is the bias
 ``plates.safetensors``   ``offsets`` i64 [P + 1] into plates.bin, ``viewmats`` f32 [P, 4, 4], ``K`` f32 [3, 3]
 ``plates.bin``           P recorded frames as JPEG, one after the other
+``consent.*``            the recorded person's consent as it was given: a text, a PDF, a picture; may be missing
 ======================== ==================================================================================
 
 The 14 attribute planes are means xyz, quats wxyz, log-scales, opacity logit, colors rgb (`ATTRIBUTES`). A frame's
@@ -78,11 +79,14 @@ MAX_PLATES = 20_000
 MAX_BYTES = 1 << 30  # of all files together
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_SIZE = 4096  # pixels a side
+MAX_CONSENT_BYTES = 16 << 20
+CONSENT_KINDS = (".txt", ".md", ".pdf", ".jpg", ".jpeg", ".png")
 
 _ID = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _MANIFEST = "avatar.json"
 _GAUSSIANS, _PLATES, _PACK = "gaussians.safetensors", "plates.safetensors", "plates.bin"
 _ADAPTER = "adapter.safetensors"
+_CONSENT = "consent"  # of the manifest, beside "files": who knows nothing of it reads the bundle as before
 
 Float32 = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -102,6 +106,43 @@ class SpeechEncoderError(BundleError):
 
 class UnknownAvatarError(LookupError):
     """There is no avatar of that id."""
+
+
+@dataclass(frozen=True)
+class Consent:
+    """What the recorded person has agreed to, as a file that people read.
+
+    Raises:
+        BundleError: on construction, when it is empty, too large or of an unknown kind.
+    """
+
+    kind: str  # the file's ending, one of `CONSENT_KINDS`
+    data: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _require(self.kind in CONSENT_KINDS, f"a consent file ends with {self.kind!r}, not {', '.join(CONSENT_KINDS)}")
+        _require(bool(self.data.strip()), "the consent file is empty")
+        _require(
+            len(self.data) <= MAX_CONSENT_BYTES,
+            f"the consent file is {len(self.data)} bytes, at most {MAX_CONSENT_BYTES} are kept",
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Consent:
+        """From any file of these kinds.
+
+        Raises:
+            BundleError: it can't be one; see the class.
+            OSError: the disk refuses it.
+        """
+        if path.stat().st_size > MAX_CONSENT_BYTES:
+            raise BundleError(f"{path} is {path.stat().st_size} bytes, at most {MAX_CONSENT_BYTES} are kept")
+        return cls(path.suffix.lower(), path.read_bytes())
+
+    @property
+    def name(self) -> str:
+        """Of the file in the bundle."""
+        return _CONSENT + self.kind
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -126,6 +167,7 @@ class AnyAvatar:
     audio_encoder: str  # that it was fitted to: SHA-256 of its weights; of the profile "huma1", ":" and the layer
     fps: int = clock.FPS
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    consent: Consent | None = None
 
     def __post_init__(self) -> None:
         check_id(self.id, BundleError)
@@ -268,6 +310,9 @@ def write(avatar: AnyAvatar, root: Path) -> Path:
         }
     )
     contents[_PACK] = b"".join(avatar.plates)
+    recorded = {name: _entry(data) for name, data in contents.items()}
+    if avatar.consent is not None:
+        contents[avatar.consent.name] = avatar.consent.data
     total = sum(map(len, contents.values()))
     _require(total <= MAX_BYTES, f"the bundle would be {total} bytes, at most {MAX_BYTES} are read")
     manifest = {
@@ -280,10 +325,10 @@ def write(avatar: AnyAvatar, root: Path) -> Path:
         "height": avatar.height,
         "audio_encoder": avatar.audio_encoder,
         "provenance": dict(avatar.provenance),
-        "files": {
-            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()
-        },
+        "files": recorded,
     }
+    if avatar.consent is not None:
+        manifest[_CONSENT] = {"name": avatar.consent.name, **_entry(avatar.consent.data)}
     contents[_MANIFEST] = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
     _require_manifest_size(len(contents[_MANIFEST]))
 
@@ -312,6 +357,11 @@ def write(avatar: AnyAvatar, root: Path) -> Path:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return target
+
+
+def _entry(data: bytes) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _save(tensors: Mapping[str, npt.NDArray[Any]]) -> bytes:
@@ -346,6 +396,18 @@ def read(root: Path, avatar_id: str, kind: type[AnyAvatar] = Avatar) -> AnyAvata
 def read_adapter(root: Path, avatar_id: str) -> tuple[Float32, Float32]:
     """Read and check ``adapter_in`` [129, 64] and ``adapter_out`` [65, 20] alone; raises as `read` does."""
     return _whole(root, avatar_id, _load_adapter)
+
+
+def read_consent(root: Path, avatar_id: str) -> Consent | None:
+    """Read and check the consent alone; None where there is none. Raises as `read` does."""
+
+    def load(folder: Path, manifest: dict[str, Any]) -> Consent | None:
+        if not manifest.get(_CONSENT):
+            return None
+        [(name, data)] = _contents(folder, manifest, [manifest[_CONSENT]["name"]]).items()
+        return Consent(Path(name).suffix, data)
+
+    return _whole(root, avatar_id, load)
 
 
 def version(root: Path, avatar_id: str) -> tuple[int, int, int]:
@@ -427,6 +489,11 @@ def _manifest(text: bytes, avatar_id: str) -> dict[str, Any]:
     files = manifest.get("files")
     if not isinstance(files, dict) or set(files) != set(expected):
         raise BundleError(f'"files" must list exactly {", ".join(expected)}')
+    consent = manifest.get(_CONSENT)
+    if consent is not None:
+        names = [_CONSENT + kind for kind in CONSENT_KINDS]
+        _require(isinstance(consent, dict), f'"{_CONSENT}" is no object')
+        _require(consent.get("name") in names, f'"{_CONSENT}" names {consent.get("name")!r}: none of {names}')
     return manifest
 
 
@@ -443,7 +510,7 @@ def _contents(folder: Path, manifest: dict[str, Any], names: Sequence[str]) -> d
     contents: dict[str, bytes] = {}
     total = 0
     for name in names:
-        entry = manifest["files"][name]
+        entry = manifest["files"].get(name, manifest.get(_CONSENT))
         path = folder / name
         try:
             size = path.stat().st_size
@@ -461,7 +528,8 @@ def _contents(folder: Path, manifest: dict[str, Any], names: Sequence[str]) -> d
 def _load(folder: Path, manifest: dict[str, Any], kind: type[AnyAvatar]) -> AnyAvatar:
     _require_profile(manifest, kind)
     found = PROFILES[manifest["profile"]]
-    contents = _contents(folder, manifest, [*found.tensors, _PLATES, _PACK])
+    consent = [manifest[_CONSENT]["name"]] if manifest.get(_CONSENT) else []
+    contents = _contents(folder, manifest, [*found.tensors, _PLATES, _PACK, *consent])
     try:
         plates = safetensors.numpy.load(contents[_PLATES])
         tensors: dict[str, Any] = {}
@@ -489,6 +557,7 @@ def _load(folder: Path, manifest: dict[str, Any], kind: type[AnyAvatar]) -> AnyA
             audio_encoder=manifest["audio_encoder"],
             fps=manifest["fps"],
             provenance=manifest.get("provenance") or {},
+            consent=Consent(Path(consent[0]).suffix, contents[consent[0]]) if consent else None,
         )
     except SafetensorError as error:
         raise BundleError(f"a tensor file is malformed ({error})") from error

@@ -750,6 +750,7 @@ def _run(args: argparse.Namespace) -> int:
                     args.work / profile,
                     replace(settings, train_seconds=args.train_seconds),
                     "",
+                    None,
                     console,
                 )
             folders[name] = folder

@@ -32,7 +32,17 @@ from rich.console import Console
 
 from talksplat import avatar as bundle
 from talksplat import clock, splat
-from talksplat.avatar import BLINK, PROFILES, WEIGHTS, AnyAvatar, Avatar, BundleError, Huma1Avatar
+from talksplat.avatar import (
+    BLINK,
+    CONSENT_KINDS,
+    PROFILES,
+    WEIGHTS,
+    AnyAvatar,
+    Avatar,
+    BundleError,
+    Consent,
+    Huma1Avatar,
+)
 from talksplat.bench._report import commit
 from talksplat.splat.cuda import DeviceError
 from talksplat_export import (
@@ -105,6 +115,7 @@ def fit(
     work: Path,
     settings: Settings,
     about: str,
+    consent: Consent | None,
     console: Console,
 ) -> Path:
     """Fit an avatar and write its bundle, then a report into the work folder.
@@ -115,6 +126,7 @@ def fit(
         landmarker: FaceLandmarker's model, where it is not to be downloaded.
         work: folder of what the steps leave.
         about: where the recording comes from, for the bundle.
+        consent: of the recorded person, for the bundle, too; that there is none is among the findings.
 
     Raises:
         RefusedError: the recording can't make an avatar, see `checks`; nothing was written to ``out``.
@@ -127,7 +139,7 @@ def fit(
     model = None if source is not None else track.landmarker_file(landmarker)
     done = Steps(work, _plan(recording, settings, model), console)
 
-    findings = _shown(checks.of_file(recording), console)
+    findings = _shown([*_consented(consent), *checks.of_file(recording)], console)
     findings += _shown(checks.of_sound(recording.audio, recording.length / clock.FPS), console)
     checks.require(findings)  # before the minutes that follow
     recording, seen = _probe(recording, model, settings, done)
@@ -190,6 +202,7 @@ def fit(
             "versions": {name: version(name) for name in ("talksplat", "torch", "numpy", "mediapipe")},
             "coefficient_basis": basis.tolist(),
         },
+        consent=consent,
     )
     folder = bundle.write(avatar, out.parent)
     console.print(f"wrote {folder}")
@@ -198,6 +211,17 @@ def fit(
     minutes, memory = sum(done.seconds.values()) / 60, done.peak_memory / 1e9
     console.print(f"{minutes:.1f} min in all, {memory:.1f} GB of memory at most")
     return folder
+
+
+def _consented(consent: Consent | None) -> list[Finding]:
+    if consent is not None:
+        return [Finding(Severity.NOTE, f"The person's consent goes into the bundle, as {consent.name}.")]
+    return [
+        Finding(
+            Severity.WARNING,
+            "There is no consent of the recorded person: where law or manners want one, add it with --consent.",
+        )
+    ]
 
 
 def _require_writable(folder: Path) -> None:
@@ -527,6 +551,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--work", type=Path, help="folder for what the steps leave (default: runs/ID)")
     parser.add_argument("--about", default="", help="where the recording comes from, kept in the bundle")
     parser.add_argument(
+        "--consent",
+        type=Path,
+        metavar="FILE",
+        help=f"the recorded person's consent, kept in the bundle: {', '.join(CONSENT_KINDS)}",
+    )
+    parser.add_argument(
         "--train-seconds", type=float, metavar="N", help="that are fitted to (default: 150, less of a short recording)"
     )
     whole, first = Settings(), PREVIEW
@@ -588,7 +618,8 @@ def _run(args: argparse.Namespace) -> int:
     work = work / "preview" if args.preview else work
     try:
         recording = Recording(args.video, args.audio)
-        fit(recording, out, args.track, args.landmarker, work, settings, args.about, console)
+        consent = args.consent and Consent.load(args.consent)
+        fit(recording, out, args.track, args.landmarker, work, settings, args.about, consent, console)
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         return 130

@@ -102,6 +102,33 @@ def test_a_recording_becomes_a_bundle_that_can_be_read(fitted: Path) -> None:
     assert np.abs(avatar.bases).max() == 127
 
 
+def test_what_the_person_agreed_to_goes_into_the_bundle_and_that_it_lacks_is_said(
+    copy: Path, head: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    signed = tmp_path / "signed by Kim.PDF"
+    signed.write_bytes(b"%PDF-1.7 yes")
+    for options, consent, finding in (
+        ((), None, "warning: There is no consent of the recorded person"),
+        (("--consent", signed), bundle.Consent(".pdf", b"%PDF-1.7 yes"), "note: The person's consent goes into"),
+    ):
+        assert fit_head(head, copy, *options) == 0
+        avatar = bundle.read(copy / "avatars", "head")
+        assert avatar.consent == consent
+        assert finding in capsys.readouterr().out
+        assert avatar.provenance["findings"][0].startswith(finding)
+
+
+def test_a_consent_that_can_not_be_kept_is_refused_before_work(
+    head: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "yes.exe").write_bytes(b"MZ")
+    (tmp_path / "empty.txt").write_bytes(b" ")
+    for name, reason in (("yes.exe", "ends with '.exe'"), ("empty.txt", "is empty"), ("none.txt", "No such file")):
+        assert fit_head(head, tmp_path, "--consent", tmp_path / name) == 1
+        assert reason in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
+
+
 def test_the_loss_falls(fitted: Path) -> None:
     losses = json.loads((fitted / "work" / "losses.json").read_text())
     assert len(losses) == 40

@@ -289,6 +289,42 @@ def test_a_bundle_that_lies_about_its_profile_is_refused(tmp_path: Path) -> None
         bundle.read(tmp_path, "kim")
 
 
+def test_consent_is_kept_checked_and_read_alone(tmp_path: Path) -> None:
+    consent = bundle.Consent(".txt", b"I agree. Kim")
+    folder = bundle.write(make(consent=consent), tmp_path)
+    assert (folder / "consent.txt").read_bytes() == b"I agree. Kim"
+    assert bundle.read(tmp_path, "kim").consent == bundle.read_consent(tmp_path, "kim") == consent
+    (folder / "consent.txt").write_bytes(b"I agreed. Kim")
+    for read in (bundle.read, bundle.read_consent):
+        with pytest.raises(BundleError, match=r"consent\.txt is 13 bytes, not as recorded"):
+            read(tmp_path, "kim")
+
+
+def test_a_bundle_without_consent_is_read_as_ever(folder: Path) -> None:
+    assert "consent" not in json.loads((folder / "avatar.json").read_text())
+    assert bundle.read(folder.parent, "kim").consent is bundle.read_consent(folder.parent, "kim") is None
+
+
+def test_consent_is_no_file_that_older_readers_would_refuse(tmp_path: Path) -> None:
+    manifest = json.loads(
+        (bundle.write(make(consent=bundle.Consent(".md", b"yes")), tmp_path) / "avatar.json").read_text()
+    )
+    assert set(manifest["files"]) == {*Avatar.tensors, "plates.safetensors", "plates.bin"}  # all that they know
+
+
+@pytest.mark.parametrize("consent", ["yes", {"name": "../../passwords.txt", "bytes": 1}, {"name": "consent.exe"}, [1]])
+def test_a_consent_that_names_another_file_is_refused(folder: Path, consent: object) -> None:
+    edit(folder, consent=consent)
+    with pytest.raises(BundleError, match='"consent"'):
+        bundle.read(folder.parent, "kim")
+
+
+def test_the_committed_avatar_says_that_it_is_nobody() -> None:
+    consent = bundle.read_consent(ROOT / "avatars", "ava")
+    assert consent is not None
+    assert b"ava is nobody" in consent.data
+
+
 @pytest.mark.parametrize("name", ["triplanes.safetensors", "deformation.safetensors"])
 def test_one_flipped_bit_of_a_huma1_is_refused_by_name(tmp_path: Path, name: str) -> None:
     path = bundle.write(make_huma1(), tmp_path) / name
