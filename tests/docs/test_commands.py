@@ -128,9 +128,9 @@ def by_pins(words: list[str], _: Path) -> None:
     """The client has the extras; other packages are pinned."""
     project = tomllib.loads((ROOT / "client" / "pyproject.toml").read_text())["project"]
     for wanted in words[words.index("constraints.txt") + 1 :]:
-        name, _, extras = wanted.rstrip("]").partition("[")
+        name, *extras = wanted.rstrip("]").split("[")
         if name == "./client":
-            assert set(extras.split(",")) <= set(project["optional-dependencies"])
+            assert set(",".join(extras).split(",")) <= set(project["optional-dependencies"])
         else:
             assert f"\n{wanted}==" in (ROOT / "constraints.txt").read_text()
 
