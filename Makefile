@@ -78,7 +78,8 @@ bench-recordings: models  ## the benchmarks that need recordings, in RECORDINGS
 	  $(BIN)/talksplat-export robustness avatars/ava --speech $(RECORDINGS)/speech/eval $(SUBJECT).flac --json bench/robustness.json; \
 	  $(BIN)/talksplat-export compare $(SUBJECT).mp4 --audio $(SUBJECT).flac $(LANDMARKS) --huma2 avatars/ava \
 	    --json bench/compare.json --picture bench/compare.jpg; \
-	else echo "No recordings in $(RECORDINGS): asr, quality, robustness and compare are left out (RECORDINGS=... names the folder)."; fi
+	  $(BIN)/python -m loadtests.turns --recordings $(RECORDINGS) --json bench/conversation.json; \
+	else echo "No recordings in $(RECORDINGS): asr, quality, robustness, compare and conversation are left out (RECORDINGS=... names the folder)."; fi
 
 USERS ?= 4
 .PHONY: loadtest
