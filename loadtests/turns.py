@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import soundfile
+import soxr
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -285,10 +286,8 @@ def load(paths: Sequence[Path]) -> list[tuple[str, Samples]]:
     """Names and samples [T] at `clock.SAMPLE_RATE`."""
     clips = []
     for path in paths:
-        samples, rate = soundfile.read(path, dtype="float32")
-        if rate != RATE or samples.ndim != 1:
-            raise ValueError(f"{path} is not mono at {RATE} Hz")
-        clips.append((path.stem, samples))
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        clips.append((path.stem, soxr.resample(samples.mean(axis=1), rate, RATE)))
     return clips
 
 

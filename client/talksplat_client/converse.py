@@ -248,7 +248,7 @@ class _Answer:
 
     def heard(self) -> str:
         """What was heard of it; of a sentence that was cut off as many words as it had time for, and a dash."""
-        heard, ends = [], [begin for _, begin in self.sentences[1:]] + [self.samples]
+        heard, ends = [], [*(begin for _, begin in self.sentences), self.samples][1:]
         for (sentence, begin), end in zip(self.sentences, ends, strict=True):
             words = sentence.split()
             count = int(len(words) * min(1.0, (self.shown - begin) / max(1, end - begin)))
