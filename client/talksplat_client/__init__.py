@@ -13,6 +13,7 @@ from ._audio import Pcm
 from ._blocking import Client, Stream
 from ._clock import Clock
 from ._config import Limits, Retry, Timeout, Tls
+from ._disclosure import Credentials, Disclosure
 from ._exceptions import (
     DeadlineExceededError,
     InvalidAudioError,
@@ -29,8 +30,9 @@ from ._exceptions import (
     UnauthenticatedError,
     UnknownAvatarError,
 )
+from ._files import Mp4Writer, Writer, file_writer
 from ._frame import AvatarInfo, Frame, Health, Preloaded, Utterance
-from ._media import Mp4Writer, Recording, microphone, read_audio
+from ._media import Recording, microphone, read_audio
 from ._speaking import sentences
 from ._state import StreamState
 
@@ -40,7 +42,9 @@ __all__ = [
     "AvatarInfo",
     "Client",
     "Clock",
+    "Credentials",
     "DeadlineExceededError",
+    "Disclosure",
     "Frame",
     "Health",
     "InvalidAudioError",
@@ -67,6 +71,8 @@ __all__ = [
     "UnauthenticatedError",
     "UnknownAvatarError",
     "Utterance",
+    "Writer",
+    "file_writer",
     "microphone",
     "read_audio",
     "sentences",

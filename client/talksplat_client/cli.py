@@ -7,30 +7,41 @@ import io
 import json
 import math
 import os
+import signal
+import stat
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ._audio import Samples, to_mono
 from ._blocking import Client, Stream
 from ._config import DEFAULT_URL, Tls
-from ._exceptions import InvalidAudioError, TalksplatError
-from ._media import Mp4Writer, Recording, microphone, read_audio
+from ._disclosure import Credentials, Disclosure
+from ._exceptions import InvalidAudioError, InvalidRequestError, TalksplatError
+from ._files import FORMATS, STDOUT, Writer, file_writer
+from ._media import Recording, microphone, read_audio
+from ._subtitles import SubtitleWriter
 
 RAW_PACKET = 4096  # bytes read at once from a pipe
 LIVE_PACKET = 0.02  # seconds
 MICROPHONE_RATE = 48_000  # Hz, that every sound card has
+ENDINGS = FORMATS | SubtitleWriter.FORMATS
+BAR = 24  # letters of the progress bar
 API_KEY = "TALKSPLAT_API_KEY"  # environment variable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code: 1 after an error, 2 for wrong usage, 130 when interrupted."""
     args = _parser().parse_args(argv)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops cleanly, too
     try:
         with _client(args) as client:
             args.run(client, args)
@@ -82,8 +93,27 @@ def _parser() -> argparse.ArgumentParser:
     animate = command("animate", _animate, "Write a video in which an avatar speaks a recording.")
     sound(animate, "audio or video file, - for standard input")
     look(animate)
-    animate.add_argument("--out", required=True, metavar="MP4", help="file to write")
+    animate.add_argument(
+        "--out",
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="what to write, by its ending: .mp4, .webm, .webp (no sound), .srt or .vtt (what is said), FOLDER/ or "
+        "FOLDER/%%05d.png (.jpg) for each frame, - for standard output; several times: all from the same frames",
+    )
+    animate.add_argument(
+        "--format", choices=[*dict.fromkeys(ENDINGS.values())], help="of what has no ending: standard output, a pipe"
+    )
     animate.add_argument("--transcript", action="store_true", help="also tell what is said")
+    animate.add_argument(
+        "--no-label",
+        action="store_true",
+        help='leave out the "AI" in the corner; the law may ask for one (in the EU, article 50 of the AI Act)',
+    )
+    animate.add_argument(
+        "--c2pa-certificate", metavar="PEM", help="sign files as C2PA content credentials: the signer's certificates"
+    )
+    animate.add_argument("--c2pa-key", metavar="PEM", help="and the private key")
 
     transcribe = command("transcribe", _transcribe, "Print what is said in a recording.")
     sound(transcribe, "audio or video file, - for standard input")
@@ -130,24 +160,31 @@ def _animate(client: Client, args: argparse.Namespace) -> None:
     first = 0.0
     count = samples = 0
     fps = client.clock().fps
-    with (
-        Mp4Writer(args.out, sample_rate=recording.sample_rate, fps=fps) as file,
-        _start(client, heard(), recording.sample_rate, args, model) as frames,
-    ):
+    total = recording.seconds and math.ceil(recording.seconds * fps)
+    with ExitStack() as stack:
+        files = [stack.enter_context(each) for each in _writers(client, args, recording.sample_rate)]
+
+        def write_sound() -> None:
+            nonlocal samples
+            while sound:
+                packet = sound.popleft()
+                samples += packet.size
+                for file in files:
+                    file.write_audio(packet)
+
+        frames = stack.enter_context(_start(client, heard(), recording.sample_rate, args, model))
+        stack.callback(_progress_end)
         for frame in frames:
             first = first or time.monotonic() - began
             count += 1
-            while sound:
-                samples += sound[0].size
-                file.write_audio(sound.popleft())
-            file.write(frame)
-            _progress(count, recording.seconds and math.ceil(recording.seconds * fps), began)
-        for packet in sound:
-            samples += packet.size
-            file.write_audio(packet)
+            write_sound()
+            for file in files:
+                file.write(frame)
+            _progress(count, total, time.monotonic() - began)
+        write_sound()
     seconds = time.monotonic() - began
-    _progress_end()
     report: dict[str, object] = {
+        "files": args.out,
         "frames": count,
         "seconds_of_audio": round(samples / recording.sample_rate, 3),
         "ttff_ms": round(1e3 * first, 1),
@@ -157,15 +194,39 @@ def _animate(client: Client, args: argparse.Namespace) -> None:
     if args.transcript:
         again = opened()
         report = {"transcript": client.transcribe(again.packets, sample_rate=again.sample_rate)} | report
+    told = sys.stderr if STDOUT in args.out else sys.stdout  # which may be the film
     if args.json:
-        print(json.dumps(report))
+        print(json.dumps(report), file=told)
         return
     if args.transcript:
-        print(report["transcript"])
+        print(report["transcript"], file=told)
     print(
-        f"{args.out}: {count} frames for {report['seconds_of_audio']} s of audio, first frame after "
-        f"{report['ttff_ms']} ms, {report['fps']} frames/s"
+        f"{', '.join(args.out)}: {count} frames for {report['seconds_of_audio']} s of audio, first frame after "
+        f"{report['ttff_ms']} ms, {report['fps']} frames/s",
+        file=told,
     )
+
+
+def _writers(client: Client, args: argparse.Namespace, sample_rate: int) -> list[Writer]:
+    if (args.c2pa_certificate is None) != (args.c2pa_key is None):
+        raise InvalidRequestError("--c2pa-certificate and --c2pa-key belong together")
+    if len({os.path.realpath(path) for path in args.out}) < len(args.out):
+        raise InvalidRequestError("two --out are the same file")
+    signer = Credentials(args.c2pa_certificate, args.c2pa_key) if args.c2pa_key else None
+
+    def writer(path: str) -> Writer:
+        form = ENDINGS.get(Path(path).suffix.lower(), args.format)
+        subtitles = form in SubtitleWriter.FORMATS.values()
+        # nobody signs subtitles
+        disclosure = Disclosure(args.avatar, not args.no_label, None if subtitles else signer)
+        options: dict[str, Any] = {"sample_rate": sample_rate, "fps": client.clock().fps, "disclosure": disclosure}
+        if subtitles:
+            return SubtitleWriter(
+                path, format=form, transcribe=partial(client.transcribe, sample_rate=sample_rate), **options
+            )
+        return file_writer(path, format=form, **options)
+
+    return [writer(path) for path in args.out]
 
 
 def _transcribe(client: Client, args: argparse.Namespace) -> None:
@@ -224,7 +285,11 @@ def _start(client: Client, audio: Iterable[Samples], sample_rate: int, args: arg
 
 def _opener(args: argparse.Namespace) -> Callable[[], Recording]:
     """What opens the recording that was asked for, as often as it is needed."""
-    content = sys.stdin.buffer.read() if args.file == "-" else None
+    if args.file == "-":
+        content: bytes | None = sys.stdin.buffer.read()
+    else:
+        pipe = stat.S_ISFIFO(os.stat(args.file).st_mode)
+        content = Path(args.file).read_bytes() if pipe else None
 
     def opened() -> Recording:
         source: BinaryIO = open(args.file, "rb") if content is None else io.BytesIO(content)  # noqa: SIM115 (read later)
@@ -263,11 +328,19 @@ def _sink(out: str | None) -> Any:
     return open(out or os.devnull, "wb")
 
 
-def _progress(count: int, total: float | None, began: float) -> None:
-    if sys.stderr.isatty():
-        of = f" of {total:.0f}" if total else ""
-        rate = count / (time.monotonic() - began)
-        print(f"\r{count}{of} frames, {rate:.0f} frames/s ", end="", file=sys.stderr, flush=True)
+def _progress(count: int, total: float | None, seconds: float) -> None:
+    if not sys.stderr.isatty():
+        return
+    rate = count / seconds
+    line = f"{count} frames, {rate:.0f} frames/s"
+    if total:
+        done = min(count / total, 1.0)
+        filled = round(BAR * done)
+        left = math.ceil(max(total - count, 0) / rate)
+        line = (
+            f"[{'#' * filled}{'.' * (BAR - filled)}] {count} of {total:.0f} frames, {rate:.0f} frames/s, {left} s left"
+        )
+    print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _progress_end() -> None:

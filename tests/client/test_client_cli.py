@@ -63,7 +63,7 @@ def test_animate_writes_a_video_and_reports(
     command = ["animate", str(recording), "--url", server.grpc_url, "--avatar", "red", "--out", str(out)]
     assert cli.main([*command, "--json", "--transcript"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert set(report) == {"transcript", "frames", "seconds_of_audio", "ttff_ms", "fps", "preload_ms"}
+    assert set(report) == {"transcript", "files", "frames", "seconds_of_audio", "ttff_ms", "fps", "preload_ms"}
     assert (report["frames"], report["seconds_of_audio"]) == (38, SECONDS)
     assert min(report["ttff_ms"], report["fps"], report["preload_ms"]) > 0
     assert list(out.parent.iterdir()) == [out]
