@@ -34,6 +34,7 @@ from make_avatar import write_avatar
 from talksplat import cli as server_cli
 from talksplat import edge
 from talksplat.server import HOST, ROOT, Ports, Server
+from talksplat_client import cli as client_cli
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 PATIENCE = 100  # seconds, for all of a page
@@ -55,6 +56,8 @@ def by_parser(words: list[str], _: Path) -> None:
     program, *arguments = words
     if program == "talksplat-server":
         server_cli._parser().parse_args(arguments)
+    elif program == "talksplat":
+        client_cli._parser().parse_args(arguments)
     else:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"talksplat_export.{arguments[0]}").add_parser(parser.add_subparsers())
@@ -156,6 +159,7 @@ NOT_RUN = [
         r"talksplat-export derive ", "needs files of the commands before it: tests/export/test_derive.py", by_parser
     ),
     NotRun(r"talksplat-export experiment (?!.*--check)", "takes minutes: tests/export/test_experiment.py", by_parser),
+    NotRun(r"talksplat animate .*--c2pa", "needs a signer's certificate: tests/client signs", by_parser),
     NotRun(r"locust |python -m loadtests( |$)", "takes minutes: tests/loadtests/test_locust.py", by_locust),
     NotRun(r"python -m loadtests\.\w+", "takes minutes: tests/loadtests", by_help),
     NotRun(r"docker compose ", "needs Docker's engine: tests/deploy/test_compose.py", by_compose),
