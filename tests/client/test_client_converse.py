@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import runpy
 import wave
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from talksplat.server import Server
-from talksplat_client import AsyncClient, InvalidRequestError, UnknownAvatarError, sentences
+from talksplat_client import AsyncClient, InvalidRequestError, UnknownAvatarError, read_audio, sentences
 from talksplat_client.converse import (
     ChatModel,
     Event,
@@ -185,6 +186,23 @@ async def test_any_voice_will_do_at_its_own_rate(server: Server) -> None:
         )
     heard = np.concatenate([each.sound for each in only(Moment, events) if each.sound is not None])
     assert int((heard == 8000).sum()) == 2 * 5 * 2400  # two sentences, nothing lost
+
+
+async def test_the_example_films_the_answer_to_a_recording(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = runpy.run_path(str(Path(__file__).parents[2] / "client" / "examples" / "converse.py"))
+    with wave.open(str(tmp_path / "question.wav"), "wb") as file:
+        file.setparams((1, 2, RATE, 0, "NONE", ""))
+        file.writeframes(greeting().tobytes())
+    await example["main"](str(tmp_path / "talk.mp4"), str(tmp_path / "question.wav"), server.grpc_url, "red")
+    assert "TurnEnded(text='Hello, and welcome" in capsys.readouterr().out
+    film = read_audio(tmp_path / "talk.mp4")
+    sound = np.concatenate(list(film.packets))
+    assert film.seconds is not None
+    assert film.seconds > GREETING + 3  # the question and its answer
+    assert np.abs(sound[: film.sample_rate]).max() < 0.01  # it says nothing meanwhile
+    assert np.abs(sound).max() > 0.1
 
 
 async def test_what_is_wrong_with_avatar_or_audio_is_raised(server: Server) -> None:
