@@ -489,9 +489,11 @@ def test_what_images_copy_is_there_and_not_ignored() -> None:
         assert any(Path(source) == Path(each) or Path(each) in Path(source).parents for source in copied), each
 
 
-@pytest.mark.parametrize(("name", "more"), [("cpu", {"deploy/nginx", "client/web"}), ("gpu", {"avatars/ava", "demo/speech.wav"})])
+@pytest.mark.parametrize(
+    ("name", "more"), [("cpu", {"deploy/nginx", "client/web"}), ("gpu", {"avatars/ava", "demo/speech.wav"})]
+)
 def test_images_have_what_the_code_looks_for_beside_it(name: str, more: set[str]) -> None:
-    """The edge renders its configuration from deploy/nginx and serves the page; plans are checked on the recording and the avatar."""
+    """The edge renders its configuration and serves the page; plans are checked on the recording and the avatar."""
     copied = {
         word.removeprefix("/opt/talksplat/")
         for each in Dockerfile(DOCKER / "Dockerfile").stages[name].instructions
