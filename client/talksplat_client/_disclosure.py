@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._audio import Samples
-from ._exceptions import InvalidRequestError, MediaError, MissingExtraError
+from ._exceptions import InvalidRequestError, MissingExtraError
 
 SOURCE_TYPE = "compositeWithTrainedAlgorithmicMedia"  # recorded plates and sound, animated by a trained net
 SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"  # of IPTC; XMP, C2PA and containers all name it so
@@ -225,8 +225,10 @@ def _jpeg(data: bytes, xmp: bytes) -> bytes:
 
 
 def _webp(data: bytes, xmp: bytes) -> bytes:
-    if data[12:16] != b"VP8X":
-        raise MediaError("the WebP file is not of the extended format, which metadata need")
+    if data[12:16] == b"VP8 ":  # the simple format, which a single picture gets, has no room for metadata
+        width, height = (side & 0x3FFF for side in struct.unpack("<HH", data[26:30]))
+        sides = b"".join((side - 1).to_bytes(3, "little") for side in (width, height))
+        data = data[:12] + b"VP8X" + struct.pack("<II", 10, 0) + sides + data[12:]
     xmp += b" " * (len(xmp) % 2)  # chunks are of even length
     whole = bytearray(data + b"XMP " + struct.pack("<I", len(xmp)) + xmp)
     whole[20] |= 4  # there is XMP

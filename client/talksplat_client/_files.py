@@ -277,7 +277,7 @@ class Mp4Writer(_Film):
     audio = ("aac", 48_000, 96_000)
     options: ClassVar = {"movflags": "+faststart"}
     pipe_options: ClassVar = {
-        "movflags": "+frag_keyframe+empty_moov+default_base_moof",
+        "movflags": "+frag_keyframe+delay_moov+default_base_moof",  # delayed: it says where picture and sound begin
         "frag_duration": str(FRAGMENT),
     }
 
