@@ -42,9 +42,9 @@ from talksplat_client.converse import Interrupted, Moment, Turn, TurnEnded, conv
 Samples = npt.NDArray[np.float32]
 
 AVATAR = "ava"
-UTTERANCES = 120  # said in real time
-CURVE_UTTERANCES = 240  # of which the former are the first
-READ_CLIPS = 30
+UTTERANCES = 100  # said in real time
+CURVE_UTTERANCES = 200  # of which the former are the first
+READ_CLIPS = 15
 P50_MS, P95_MS, FALSE_CUTS_PCT = 500.0, 700.0, 4.0  # targets
 
 RATE, FPS, FRAME = clock.SAMPLE_RATE, clock.FPS, clock.SAMPLES_PER_FRAME
@@ -160,7 +160,8 @@ async def converse_with(url: str, clips: Sequence[tuple[str, Samples]], kept: Pa
                 done[entry["file"]] = Said(**entry)
     kept.parent.mkdir(parents=True, exist_ok=True)
     async with AsyncClient(url) as client:
-        await say(client, *clips[0])  # warms everything up
+        if any(file not in done for file, _ in clips):
+            await say(client, *clips[0])  # warms everything up
         for file, samples in track(clips, "utterances"):
             if file not in done:
                 done[file] = await say(client, file, samples)
