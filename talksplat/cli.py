@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from talksplat import avatar as bundle
-from talksplat import bench, edge, tenants, web
+from talksplat import bench, doctor, edge, tenants, web
 from talksplat.server import EVERYWHERE, HOST, ROOT, Ports, Server, ServerError, Trace
 from talksplat.supervisor import Supervisor
 
@@ -88,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     key = commands.add_parser("key", help="make an API key; prints it once, and what to write into the tenants file")
     key.add_argument("--tenant", required=True, metavar="NAME", help="whose key it will be")
     key.set_defaults(run=_key)
+
+    health = commands.add_parser("doctor", help="say in sentences what this machine lacks; 1 if something must be done")
+    _add_folders(health)
+    doctor.add_arguments(health)
+    health.set_defaults(run=doctor.run)
 
     benches = commands.add_parser("bench", help="measure; prints a table").add_subparsers(required=True, metavar="NAME")
     for module in pkgutil.iter_modules(bench.__path__):

@@ -238,8 +238,7 @@ class Server:
             TenantsError: the tenants file can't be used.
             OSError: the log can't be written.
         """
-        installation = _Installation.find()
-        _require_models(self.repository)
+        installation = require_startable(self.repository)
         if self.tenants is not None:
             Tenants.read(self.tenants)
         self.ports.check()
@@ -645,6 +644,17 @@ def _environment(installation: _Installation) -> dict[str, str]:
         # whichever thread reads an avatar takes memory that the others can use once it has left
         "MALLOC_ARENA_MAX": "2",
     }
+
+
+def require_startable(repository: Path) -> _Installation:
+    """The installed Triton, if it is whole and all exported models are there.
+
+    Raises:
+        ServerError: one of its kinds, which says what is missing.
+    """
+    installation = _Installation.find()
+    _require_models(repository)
+    return installation
 
 
 def _require_models(repository: Path) -> None:

@@ -418,3 +418,15 @@ def file_writer(path: str | Path, *, format: str | None = None, **options: Any) 
     if format in _FILMS:
         return _FILMS[format](path, **options)
     raise MediaError(f"{path} does not say its format: expected one of the endings {' '.join(FORMATS)}, or a folder")
+
+
+def encoders() -> dict[str, list[str]]:
+    """The encoders that each format needs and the installed PyAV lacks.
+
+    Raises:
+        MissingExtraError: PyAV is not installed.
+    """
+    available = import_package("av", "writing files").codec.codecs_available
+    needed = {form: [kind.video[0], *(kind.audio or ())[:1]] for form, kind in _FILMS.items()}
+    needed |= {form: [codec] for form, (codec, *_) in PicturesWriter.CODECS.items()}
+    return {form: [name for name in names if name not in available] for form, names in needed.items()}

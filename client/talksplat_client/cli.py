@@ -1,4 +1,4 @@
-"""``talksplat animate | transcribe | avatars | stream``."""
+"""``talksplat animate | transcribe | avatars | stream | doctor``."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from . import doctor
 from ._audio import Samples, to_mono
 from ._blocking import Client, Stream
-from ._config import DEFAULT_URL, Tls
+from ._config import DEFAULT_URL, Limits, Tls
 from ._disclosure import Credentials, Disclosure
 from ._exceptions import InvalidAudioError, InvalidRequestError, TalksplatError
 from ._files import FORMATS, STDOUT, Writer, file_writer
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops cleanly, too
     try:
         with _client(args) as client:
-            args.run(client, args)
+            return args.run(client, args) or 0
     except BrokenPipeError:  # whoever read our output has enough; Python would complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -56,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[Client, argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[Client, argparse.Namespace], int | None], text: str
+    ) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         added.add_argument(
@@ -131,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     stream.add_argument("--deadline", type=float, metavar="SECONDS", help="drop what comes later (default: nothing)")
 
-    for each in (animate, transcribe, avatars):
+    health = command("doctor", _doctor, "Say in sentences what this machine lacks; 1 if something must be done.")
+
+    for each in (animate, transcribe, avatars, health):
         each.add_argument("--json", action="store_true", help="report as JSON on standard output")
     return parser
 
@@ -139,7 +143,8 @@ def _parser() -> argparse.ArgumentParser:
 def _client(args: argparse.Namespace) -> Client:
     api_key = Path(args.api_key_file).read_text().strip() if args.api_key_file else os.environ.get(API_KEY) or None
     tls = Tls(args.ca) if args.tls or args.ca else None
-    return Client(args.url or DEFAULT_URL, api_key=api_key, tls=tls)
+    limits = Limits(in_flight=1) if args.run is _doctor else Limits()
+    return Client(args.url or DEFAULT_URL, api_key=api_key, tls=tls, limits=limits)
 
 
 def _animate(client: Client, args: argparse.Namespace) -> None:
@@ -243,6 +248,17 @@ def _avatars(client: Client, args: argparse.Namespace) -> None:
         return
     for each in avatars:
         print(f"{each.id}\t{'loaded' if each.loaded else 'on disk'}")
+
+
+def _doctor(client: Client, args: argparse.Namespace) -> int:
+    findings = []
+    for finding in doctor.examine(client):
+        findings.append(finding)
+        if not args.json:
+            print(f"{finding.level:>7}  {finding.about}: {finding.sentence}", flush=True)
+    if args.json:
+        print(json.dumps({"findings": [asdict(finding) for finding in findings]}))
+    return int(any(finding.level == "problem" for finding in findings))
 
 
 def _stream(client: Client, args: argparse.Namespace) -> None:

@@ -255,6 +255,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--repository", type=Path, default=Path("model_repository"), help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"], help="default: fp32")
+    parser.add_argument("--check", action="store_true", help="only say which are missing or stale; 1 if some are")
     parser.add_argument("--asr", choices=("base", "tiny"), default="base", help="Moonshine's size (default: base)")
     parser.add_argument(
         "--asr-weights",
@@ -272,6 +273,15 @@ def _run(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     wanted = [model for model in every if not args.only or model.name in args.only]
+    if args.check:
+        stale = [
+            f"{model.name} ({precision})"
+            for precision in args.precision
+            for model in wanted
+            if _offers(model, precision) and model.rows(precision, args.repository) is None
+        ]
+        print(f"Missing or stale: {', '.join(stale)}. Run `make models`." if stale else "All are there and fresh.")
+        return int(bool(stale))
     status = 0
     try:
         export(args.repository, wanted, Console(highlight=False), args.precision)
