@@ -67,7 +67,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Cancel all streams and close the connections."""
+        """Cancel all streams and close the connections: what else is under way, or asked then, is a TalksplatError."""
         for stream in list(self._streams):
             stream.cancel()
         self._transport.close()

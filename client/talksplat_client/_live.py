@@ -156,12 +156,12 @@ class LiveStream(Generic[Mark]):
             The marks that were dropped.
         """
         dropped = [mark for utterance in self._utterances for mark in utterance.drop()]
-        speaking = any(utterance.begun for utterance in self._utterances)
+        speaking = self._utterances[0].stream if self._utterances else None
         self._utterances.clear()
         self._due = min(self._due, _now())
         self._news.set()
-        if speaking and self._stream is not None:
-            await self._stream.cancel()
+        if speaking is not None:
+            await speaking.cancel()
         return dropped
 
     async def close(self) -> None:
@@ -187,6 +187,8 @@ class LiveStream(Generic[Mark]):
                         yield each
                 elif (frame := await anext(self._stream, None)) is not None:
                     yield self._moment(frame, None, False)
+                else:  # somebody has closed the client, and hears so from the next stream
+                    await self._switch(self._stream, None)
         except TalksplatError as error:
             self._error = error
             raise
@@ -200,18 +202,15 @@ class LiveStream(Generic[Mark]):
             return
         utterance = self._utterances[0]
         if utterance.seconds:
-            utterance.begun = True
-            stream = await self._switch(at_rest, utterance.packets())
+            stream = utterance.stream = await self._switch(at_rest, utterance.packets(self._patience))
             start, begins = self._number, True
             while True:
                 first, last = (self._samples(start, number) for number in (self._number, self._number + 1))
                 for mark in utterance.passed(first):
                     yield mark
-                starving = asyncio.get_running_loop().call_later(self._patience, utterance.starve)
-                try:
-                    frame = await anext(stream, None)
-                finally:
-                    starving.cancel()
+                utterance.wanted = True
+                frame = await anext(stream, None)
+                utterance.wanted = False
                 if frame is None:
                     break
                 await self._wait(self._due - (0.0 if begins else self._lead), lambda: utterance.dropped)
@@ -287,7 +286,9 @@ class _Utterance(Generic[Mark]):
         self._more = asyncio.Event()
         self._marks: deque[tuple[int, Mark]] = deque()  # each with the samples before it
         self._came = _now()
-        self.begun = self.ended = self.dropped = False
+        self.stream: AsyncStream | None = None  # that speaks it
+        self.wanted = False  # the next frame is waited for
+        self.ended = self.dropped = False
 
     @property
     def seconds(self) -> float:
@@ -312,11 +313,6 @@ class _Utterance(Generic[Mark]):
             self._track.finish()
             self._more.set()
 
-    def starve(self) -> None:
-        """It is complete, if all of it that has come was taken."""
-        if self._given >= self._track.ready:
-            self.end()
-
     def mark(self, mark: Mark) -> None:
         """Something that comes after what was pushed."""
         self._marks.append((self._track.end, mark))
@@ -337,8 +333,11 @@ class _Utterance(Generic[Mark]):
         while self._marks and self._marks[0][0] <= position:
             yield self._marks.popleft()[1]
 
-    async def packets(self) -> AsyncIterator[Samples]:  # [T], at the target rate
-        """All of it, as it comes."""
+    async def packets(
+        self,
+        patience: float,  # seconds
+    ) -> AsyncIterator[Samples]:  # [T], at the target rate
+        """All of it, as it comes; it is complete when none has come for so long and a frame is waited for."""
         while not self.dropped:
             most = self._given + round(PACKET_SECONDS * self._rate)
             ready = int(min(self._track.ready, self._track.end, most))
@@ -350,7 +349,12 @@ class _Utterance(Generic[Mark]):
                 return
             else:
                 self._more.clear()
-                await self._more.wait()
+                try:
+                    async with asyncio.timeout(patience):
+                        await self._more.wait()
+                except TimeoutError:
+                    if self.wanted:
+                        self.end()
 
     def sound(self, begin: int, end: int) -> Samples:  # [end - begin]
         """These samples, silence after the end; those before can't be had again."""

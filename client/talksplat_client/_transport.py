@@ -47,6 +47,10 @@ class CallCancelledError(Exception):
     """`cancel` was called; never leaves this package."""
 
 
+def _closed() -> TalksplatError:
+    return TalksplatError("the client is closed")
+
+
 @dataclass(frozen=True)
 class Terms:
     """Under which one request is tried."""
@@ -197,7 +201,7 @@ class Call:
         """Wait for the answer; a lost replica costs another attempt.
 
         Raises:
-            TalksplatError: there is no answer, or it is an error.
+            TalksplatError: there is no answer, or it is an error; the client was closed.
             ChunkExpiredError: there was none within the deadline.
             CallCancelledError: `cancel` was called.
         """
@@ -205,7 +209,8 @@ class Call:
             try:
                 response = self._future.result()
             except grpc.FutureCancelledError:
-                break
+                if not self._cancelled.is_set():
+                    raise _closed() from None
             except grpc.RpcError as error:
                 failure = _failure(error, self._url)
                 failure.__cause__ = error
@@ -241,6 +246,7 @@ class Transport:
 
     def __init__(self, replicas: Replicas) -> None:
         self.replicas = replicas
+        self._closed = False
         self._channels = {url: replicas.channel(grpc, url) for url in replicas.urls}
         self._stubs = {url: service_pb2_grpc.GRPCInferenceServiceStub(each) for url, each in self._channels.items()}
 
@@ -250,6 +256,8 @@ class Transport:
 
     def start(self, url: str, method: str, request: Request, timeout: float, terms: Terms) -> Any:
         """One attempt at one replica: a gRPC future."""
+        if self._closed:
+            raise _closed()
         metadata = self.replicas.metadata(terms)
         return getattr(self._stubs[url], method).future(request, timeout=timeout, metadata=metadata)
 
@@ -266,6 +274,7 @@ class Transport:
 
     def close(self) -> None:
         """Close all connections."""
+        self._closed = True
         for channel in self._channels.values():
             channel.close()
 
@@ -274,6 +283,7 @@ class AsyncCall:
     """Twin of `Call`."""
 
     def __init__(self, transport: AsyncTransport, method: str, request: Request, terms: Terms) -> None:
+        self._cancelled = False
         self._task = asyncio.ensure_future(self._run(transport, method, request, terms))
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # may never be asked for
 
@@ -283,11 +293,12 @@ class AsyncCall:
             return await asyncio.shield(self._task)
         except asyncio.CancelledError:
             if self._task.cancelled():
-                raise CallCancelledError from None
+                raise (CallCancelledError() if self._cancelled else _closed()) from None
             raise
 
     def cancel(self) -> None:
         """Drop the request."""
+        self._cancelled = True
         self._task.cancel()
 
     async def _run(self, transport: AsyncTransport, method: str, request: Request, terms: Terms) -> Response:
@@ -309,6 +320,7 @@ class AsyncTransport:
 
     def __init__(self, replicas: Replicas) -> None:
         self.replicas = replicas
+        self._closed = False
         self._channels = {url: replicas.channel(grpc.aio, url) for url in replicas.urls}
         self._stubs = {url: service_pb2_grpc.GRPCInferenceServiceStub(each) for url, each in self._channels.items()}
 
@@ -322,6 +334,8 @@ class AsyncTransport:
 
     async def start(self, url: str, method: str, request: Request, timeout: float, terms: Terms) -> Response:
         """One attempt at one replica; errors as of `ask`."""
+        if self._closed:
+            raise _closed()
         metadata = self.replicas.metadata(terms)
         try:
             return await getattr(self._stubs[url], method)(request, timeout=timeout, metadata=metadata)
@@ -330,5 +344,6 @@ class AsyncTransport:
 
     async def close(self) -> None:
         """Close all connections."""
+        self._closed = True
         for channel in self._channels.values():
             await channel.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -17,7 +18,7 @@ from tritonclient.grpc import service_pb2
 from waiting import wait_for
 
 from talksplat.server import Server
-from talksplat_client import AsyncClient, Client, InvalidRequestError, Retry, ServerError, sentences
+from talksplat_client import AsyncClient, Client, InvalidRequestError, Retry, ServerError, TalksplatError, sentences
 from talksplat_client._audio import Samples
 from talksplat_client._speaking import Recital
 
@@ -141,6 +142,34 @@ def test_the_next_piece_is_on_its_way_while_one_is_played_and_is_dropped_with_it
         assert wait_for(lambda: scripted.open == 1, 5)
         pieces.close()  # type: ignore[attr-defined]  # it is a generator, as anybody's loop that ends early closes
         assert wait_for(lambda: scripted.cancelled == 1, 5)
+
+
+def test_a_closed_client_says_so_to_whoever_waits_and_whoever_asks(scripted: ScriptedServer) -> None:
+    client = Client(scripted.url)
+    client.clock()
+    scripted.delay = lambda chunk: 10.0
+    closing = threading.Timer(0.3, client.close)
+    closing.start()
+    for _ in range(2):
+        with pytest.raises(TalksplatError, match="the client is closed"):
+            list(client.synthesize("Yes."))
+    closing.join()
+
+
+async def test_a_closed_asyncio_client_says_so_to_whoever_waits_and_whoever_asks(scripted: ScriptedServer) -> None:
+    client = AsyncClient(scripted.url)
+    await client.clock()
+    scripted.delay = lambda chunk: 10.0
+    closing = asyncio.create_task(_later(client.close))
+    for _ in range(2):
+        with pytest.raises(TalksplatError, match="the client is closed"):
+            await anext(client.synthesize("Yes."))
+    await closing
+
+
+async def _later(action: Callable[[], Awaitable[None]]) -> None:
+    await asyncio.sleep(0.3)
+    await action()
 
 
 # The real server

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from presence import wait_until
+from scripted_server import ScriptedServer
 from simulated_server import THE_CLOCK, SimulatedServer, brightness, simulate
 
-from talksplat_client import InvalidAudioError, InvalidRequestError
+from talksplat_client import AsyncClient, InvalidAudioError, InvalidRequestError, TalksplatError
 from talksplat_client._live import LiveStream, Moment
 
 RATE = 24_000
@@ -184,6 +186,62 @@ def test_an_interruption_silences_at_once_and_frees_the_server() -> None:
     assert len(after) >= 20
     assert all(isinstance(each, Moment) and each.sound is None for each in after)
     assert [moment.frame.index for moment in viewer.moments] == pytest.approx(range(len(viewer.moments)), abs=1)
+
+
+@pytest.mark.parametrize("lead", [0.0, 0.08, np.inf])
+@pytest.mark.parametrize("after", [0.0, 0.1, 0.3, 0.46, 0.48, 0.5, 0.52, 0.54, 0.56, 0.6, 0.65])
+def test_an_interruption_may_come_at_any_moment(after: float, lead: float) -> None:
+    async def work() -> tuple[Viewer, float]:
+        viewer = await watch(SimulatedServer(), lead)
+        await asyncio.sleep(0.5)
+        viewer.stream.say(steps(0.5), RATE)  # which is heard from 0.52 s on, or a little later
+        viewer.stream.finish()
+        await asyncio.sleep(after)
+        interrupted = asyncio.get_running_loop().time()
+        await viewer.stream.interrupt()
+        await asyncio.sleep(0.5)
+        viewer.stream.say(steps(1), RATE)
+        viewer.stream.finish()
+        await asyncio.sleep(2)
+        await viewer.close()
+        return viewer, interrupted
+
+    viewer, interrupted = simulate(work())
+    after_it = [each for time, each in viewer.taken if time > interrupted and isinstance(each, Moment)]
+    assert np.diff([interrupted, *(moment.due for moment in after_it)]).max() <= 2 * FRAME  # it goes on
+    said = [moment.sound for moment in after_it if moment.sound is not None]
+    assert (np.concatenate(said) == steps(1)).all()
+
+
+def test_live_sound_is_one_utterance_though_the_server_is_late() -> None:
+    async def work() -> Viewer:
+        server = SimulatedServer()
+        viewer = await watch(server, lead=0.1)
+        for number, packet in enumerate(np.split(steps(6), 300)):  # of 20 ms
+            server.seconds = 0.5 if 100 < number < 125 else 0.03
+            viewer.stream.say(packet, RATE)
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(2)
+        await viewer.close()
+        return viewer
+
+    assert simulate(work()).heard().tolist() == steps(6).tolist()
+
+
+async def test_a_face_whose_client_is_closed_ends_and_whoever_speaks_is_told_why() -> None:
+    with ScriptedServer() as server:
+        for seconds in (0, 10):  # of speech
+            client = AsyncClient(server.url)
+            stream = await LiveStream[str].open(client, "ava", sample_rate=RATE, lead=0.1, size=8, format="raw")
+            viewer = Viewer(stream)
+            stream.say(steps(seconds), RATE)
+            await wait_until(lambda viewer=viewer: len(viewer.taken) > 10)  # type: ignore[misc]
+            await client.close()
+            with pytest.raises(TalksplatError, match="the client is closed"):
+                await viewer.task
+            with pytest.raises(TalksplatError, match="the client is closed"):
+                stream.say(steps(1), RATE)
+            await stream.close()
 
 
 def test_an_interruption_waits_for_no_answer_of_a_stuck_server() -> None:
