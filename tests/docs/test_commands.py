@@ -152,6 +152,7 @@ NOT_RUN = [
     NotRun(
         r"talksplat-server (up|web|secure|edge)\b", "serves until stopped: the tests' server stands for it", by_parser
     ),
+    NotRun(r"talksplat(-server)? doctor", "its exit code is this machine's: tests/client, tests/server", by_parser),
     NotRun(r"talksplat-export fit ", "takes 20 minutes: tests/export/test_fit.py", by_parser),
     NotRun(r"talksplat-export quality ", "needs a person's recording: tests/export/test_quality.py", by_parser),
     NotRun(r"talksplat-export (models|aot|tensorrt) ", "takes minutes, or a GPU: tests/export", by_parser),

@@ -30,7 +30,7 @@ def messages() -> Messages:
 
 @pytest.mark.parametrize("line", QUOTED)
 def test_a_quoted_message_is_one_of_the_projects(line: str, messages: Messages) -> None:
-    finding = re.sub(r"^(warning|note): ", "", line)
+    finding = re.sub(r"^(warning|note): |^ *(ok|note|problem)  \w+: ", "", line)
     finding = re.sub(r" \(at [\d:., -]+\)\.$", ".", finding)  # when, which is put after the sentence
     assert messages.has(finding)
 
