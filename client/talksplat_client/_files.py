@@ -417,7 +417,7 @@ def file_writer(path: str | Path, *, format: str | None = None, **options: Any) 
         return PicturesWriter(path, format=format, **options)
     if format in _FILMS:
         return _FILMS[format](path, **options)
-    raise MediaError(f"{path} does not say its format: expected one of the endings {' '.join(FORMATS)}, or a folder")
+    raise MediaError(f"{path} does not say its format: expected one of the endings {' '.join(FORMATS)}, or FOLDER/")
 
 
 def encoders() -> dict[str, list[str]]:

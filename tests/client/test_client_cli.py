@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import wave
 from pathlib import Path
@@ -86,6 +88,71 @@ def test_animate_reads_standard_input(
         assert container.streams.video[0].frames == 38
 
 
+def test_one_run_writes_every_format_from_the_same_frames(
+    server: Server, recording: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    names = ("a.mp4", "a.webm", "a.webp", "a.srt", "a.vtt", "png/", "jpg/%02d.jpg")
+    outs = [argument for name in names for argument in ("--out", f"{out}/{name}")]
+    command = ["animate", str(recording), "--url", server.grpc_url, "--avatar", "red", *outs]
+    assert cli.main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["files"] == outs[1::2]
+    assert sorted(os.listdir(out)) == ["a.mp4", "a.srt", "a.vtt", "a.webm", "a.webp", "jpg", "png"]
+    assert len(os.listdir(out / "jpg")) == len(os.listdir(out / "png")) == 38
+    for name in names[:2]:
+        with av.open(str(out / name)) as container:
+            assert sum(1 for _ in container.decode(video=0)) == 38
+
+
+@pytest.mark.parametrize("form", ["mp4", "webm"])
+def test_a_film_goes_to_standard_output_and_the_report_elsewhere(server: Server, recording: Path, form: str) -> None:
+    command = ["animate", str(recording), "--url", server.grpc_url, "--avatar", "red"]
+    out, errors = start(*command, "--out", "-", "--format", form, "--json").communicate(timeout=60)
+    assert json.loads(errors)["frames"] == 38
+    with av.open(io.BytesIO(out), "r") as container:
+        assert sum(1 for _ in container.decode(video=0)) == 38
+
+
+def test_the_sound_of_a_video_in_a_pipe_is_animated(server: Server, recording: Path, tmp_path: Path) -> None:
+    film, pipe, again = tmp_path / "film.mp4", tmp_path / "pipe", tmp_path / "again.mp4"
+    command = ["--url", server.grpc_url, "--avatar", "red", "--out"]
+    assert cli.main(["animate", str(recording), *command, str(film)]) == 0
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(film.read_bytes()))
+    writer.start()
+    assert cli.main(["animate", str(pipe), *command, str(again)]) == 0
+    writer.join(10)
+    with av.open(str(again)) as container:
+        assert 38 <= container.streams.video[0].frames <= 40  # AAC comes in blocks
+
+
+def test_only_the_label_can_be_left_out(server: Server, recording: Path, tmp_path: Path) -> None:
+    corners = []
+    for name, *options in (("a", "--no-label"), ("b",)):
+        command = ["animate", str(recording), "--url", server.grpc_url, "--avatar", "red", *options]
+        assert cli.main([*command, "--out", f"{tmp_path}/{name}.mp4"]) == 0
+        with av.open(f"{tmp_path}/{name}.mp4") as container:
+            assert "the avatar red" in container.metadata["comment"]
+            corners.append(next(container.decode(video=0)).to_ndarray(format="rgb24")[-18:, -22:].astype(int))
+    assert np.abs(corners[0] - corners[1]).max() > 50
+
+
+def test_progress_says_how_fast_it_is_and_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli._progress(50, 200, 2.0)
+    assert capsys.readouterr().err == ""  # nobody looks
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    cli._progress(50, 200, 2.0)
+    cli._progress(50, None, 2.0)
+    cli._progress(201, 200, 2.0)  # a file may be longer than it says
+    first, unknown, last = re.findall(r"\r([^\r]*)\x1b\[K", capsys.readouterr().err)
+    assert first == "[######..................] 50 of 200 frames, 25 frames/s, 6 s left"
+    assert unknown == "50 frames, 25 frames/s"
+    assert last.endswith("0 s left")
+
+
 def test_transcribe_prints_the_text(
     recording: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +211,7 @@ def test_a_raw_pipe_may_cut_samples_anywhere() -> None:
         (["transcribe", "none.wav"], "none.wav: No such file"),
         (["transcribe", "."], "Is a directory"),
         (["animate", __file__, "--avatar", "ava", "--out", "x.mp4"], "no audio or video file"),
+        (["animate", __file__, "--avatar", "ava", "--out", "x.avi"], "no audio or video file"),
         (["avatars", "--url", "http://x"], "expected host:port"),
         (["avatars", "--url", "127.0.0.1:1"], "127.0.0.1:1: Connection refused"),
     ],
@@ -155,6 +223,35 @@ def test_what_went_wrong_is_one_sentence(capsys: pytest.CaptureFixture[str], arg
     assert captured.err.startswith("talksplat: ")
     assert captured.err.count("\n") == 1
     assert reason in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["x.avi"], "x.avi does not say its format: expected one of the endings .mp4"),
+        (["-"], "- does not say its format"),
+        (["none/x.mp4"], "none/x.mp4 can't be written: No such file or directory"),
+        (["x.mp4", "--out", "./x.mp4"], "two --out are the same file"),
+        (["-", "--format", "webp"], "- is a pipe, and webp files can't be written into one"),
+        (["x.mp4", "--c2pa-key", "key.pem"], "--c2pa-certificate and --c2pa-key belong together"),
+        (["x.webm", "--c2pa-key", "k", "--c2pa-certificate", "c"], "webm files take no content credentials"),
+    ],
+)
+def test_what_can_not_be_written_is_one_sentence(
+    recording: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    reason: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ScriptedServer() as server:
+        assert cli.main(["animate", str(recording), "--url", server.url, "--avatar", "ava", "--out", *options]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(f"talksplat: {reason}")
+    assert list(tmp_path.iterdir()) == [recording]
 
 
 @pytest.mark.parametrize("avatar", ["ava", "eve"])
@@ -179,15 +276,17 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
     assert "usage: talksplat" in capsys.readouterr().err
 
 
-def test_an_interrupt_exits_with_130_and_leaves_no_file(recording: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_exits_with_130_and_leaves_no_file(recording: Path, tmp_path: Path, number: int) -> None:
     with ScriptedServer(delay=lambda chunk: 60 if chunk >= 0 else 0) as server:
         process = start(
-            *("animate", str(recording), "--url", server.url, "--avatar", "ava"), *("--out", str(tmp_path / "out.mp4"))
+            *("animate", str(recording), "--url", server.url, "--avatar", "ava"),
+            *("--out", str(tmp_path / "out.mp4"), "--out", f"{tmp_path}/frames/"),
         )
         while server.count < 2:  # the preload, then the first chunk
             assert process.poll() is None
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, errors = process.communicate(timeout=20)
     assert (process.returncode, out, errors) == (130, b"", b"")
     assert list(tmp_path.iterdir()) == [recording]
