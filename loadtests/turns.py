@@ -44,6 +44,7 @@ Samples = npt.NDArray[np.float32]
 AVATAR = "ava"
 UTTERANCES = 100  # said in real time
 CURVE_UTTERANCES = 200  # of which the former are the first
+TUNED_ON = 240  # utterances, on which the values of conversation.json were chosen: they are left out here
 READ_CLIPS = 15
 P50_MS, P95_MS, FALSE_CUTS_PCT = 500.0, 700.0, 4.0  # targets
 
@@ -306,7 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not files:
         print(f"There are no recordings in {options.recordings}/speech/train/picovoice.", file=sys.stderr)
         return 2
-    chosen = [files[index] for index in np.random.default_rng(1).permutation(len(files))[:CURVE_UTTERANCES]]
+    order = np.random.default_rng(1).permutation(len(files))[TUNED_ON:]
+    chosen = [files[index] for index in order[:CURVE_UTTERANCES]]
     console, began = Console(stderr=True), time.monotonic()
     curves: list[Row] = []
     if not options.no_curve:
