@@ -23,10 +23,12 @@ class MissingPhonemiserError(PhonemiserError):
 
 
 class Espeak:
-    """espeak-ng as `_espeak.py` runs it; a context manager. It starts when first asked, and again where it has died."""
+    """espeak-ng as `_espeak.py` runs it; a context manager. It starts when first asked, and again where it has died.
 
-    def __init__(self, deadline: float = DEADLINE) -> None:
-        self._deadline = deadline
+    For one thread at a time.
+    """
+
+    def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -49,6 +51,7 @@ class Espeak:
 
         Raises:
             MissingPhonemiserError: the wheel espeakng-loader is not installed.
+            PhonemiserError: no process can be started.
         """
         self._running()
 
@@ -67,16 +70,19 @@ class Espeak:
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
-        late = threading.Timer(self._deadline, process.kill)  # which ends whatever is waited for
+        late = threading.Timer(DEADLINE, process.kill)  # which ends whatever is waited for
         late.start()
         try:
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
             answer = json.loads(process.stdout.readline())
-            samples = process.stdout.read(2 * answer.get("samples", 0))
-        except (OSError, ValueError) as error:
+            size = 2 * answer.get("samples", 0)
+            samples = process.stdout.read(size)
+            if len(samples) < size:
+                raise EOFError
+        except (OSError, ValueError, EOFError) as error:
             self.close()
-            raise PhonemiserError(f"espeak-ng died, or took more than {self._deadline:g} s.") from error
+            raise PhonemiserError(f"espeak-ng died, or took more than {DEADLINE:g} s.") from error
         finally:
             late.cancel()
         if "error" in answer:
@@ -89,7 +95,9 @@ class Espeak:
                 raise MissingPhonemiserError("espeak-ng (GPL-3) is needed: make voice, or pip install espeakng-loader.")
             self.close()
             script = Path(__file__).with_name("_espeak.py")
-            self._process = subprocess.Popen(
-                [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
+            command = [sys.executable, str(script)]
+            try:
+                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            except OSError as error:
+                raise PhonemiserError(f"espeak-ng can't be started: {error}") from error
         return self._process

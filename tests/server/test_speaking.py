@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException
 
-from talksplat import speaking
+from talksplat import phonemiser, speaking
 from talksplat.clock import SAMPLE_RATE
 from talksplat.framing import RequestError
 from talksplat.phonemiser import Espeak, MissingPhonemiserError, PhonemiserError
@@ -221,9 +222,29 @@ def test_a_phonemiser_that_hangs_is_given_up_and_started_again() -> None:
         before = espeak.ipa("Hello.")
         assert espeak._process is not None
         os.kill(espeak._process.pid, signal.SIGSTOP)
-        with mock.patch.object(espeak, "_deadline", 0.1), pytest.raises(PhonemiserError, match=r"more than 0\.1 s"):
+        with mock.patch.object(phonemiser, "DEADLINE", 0.1), pytest.raises(PhonemiserError, match=r"more than 0\.1 s"):
             espeak.ipa("Hello.")
         assert espeak.ipa("Hello.") == before
+
+
+@needs_espeak
+@pytest.mark.parametrize("answer", [b'{"sentences": ["h', b'{"samples": 3}\nabc'])
+def test_half_an_answer_is_none(tmp_path: Path, answer: bytes) -> None:
+    script = tmp_path / "_espeak.py"
+    script.write_text(f"import os; input(); os.write(1, {answer!r})")
+    with mock.patch.object(phonemiser, "__file__", str(script)), Espeak() as espeak:
+        for _ in range(2):  # it is started again
+            with pytest.raises(PhonemiserError, match="died"):
+                espeak.ask(text="Hello.")
+
+
+@needs_espeak
+def test_a_phonemiser_that_cannot_be_started_says_why() -> None:
+    with (
+        mock.patch("subprocess.Popen", side_effect=PermissionError("no more processes")),
+        pytest.raises(PhonemiserError, match=r"can't be started: no more processes"),
+    ):
+        Espeak().start()
 
 
 def test_without_the_wheel_the_phonemiser_says_what_to_install() -> None:

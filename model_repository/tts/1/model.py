@@ -16,7 +16,7 @@ import triton_python_backend_utils as pb_utils
 from talksplat import speaking
 from talksplat.framing import RequestError
 from talksplat.log import Fields
-from talksplat.phonemiser import Espeak, MissingPhonemiserError
+from talksplat.phonemiser import Espeak, PhonemiserError
 from talksplat.triton import Failures, array, ask, response
 
 _log = logging.getLogger("tts")
@@ -47,7 +47,7 @@ class TritonPythonModel:
         symbols, replies = (
             json.loads((files / name).read_text(encoding="utf-8")) for name in ("symbols.json", "replies.json")
         )
-        with contextlib.suppress(MissingPhonemiserError):  # prepared replies can be said
+        with contextlib.suppress(PhonemiserError):  # prepared replies can be said; whoever wants more is told why not
             self.espeak.start()
         self.speak = speaking.Speaker(networks, symbols, replies, lambda text: " ".join(self.espeak.ipa(text)))
 
