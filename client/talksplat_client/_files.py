@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -394,29 +394,52 @@ class _Forward:
         self.write = stream.write
 
 
-FORMATS = {".mp4": "mp4", ".webm": "webm", ".webp": "webp", ".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg"}
+FORMATS = {  # by ending
+    ".mp4": "mp4",
+    ".webm": "webm",
+    ".webp": "webp",
+    ".png": "png",
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".srt": "srt",
+    ".vtt": "vtt",
+}
+SUBTITLES = ("srt", "vtt")
 _FILMS: dict[str, type[_Film]] = {kind.format: kind for kind in (Mp4Writer, WebmWriter, WebpWriter)}
 
 
-def file_writer(path: str | Path, *, format: str | None = None, **options: Any) -> Writer:
+def file_writer(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    transcribe: Callable[[Samples], str] | None = None,
+    **options: Any,
+) -> Writer:
     """The writer for a path, by its ending; what is a folder, or ends with ``/``, gets numbered PNGs.
 
     Args:
         path: of the file, folder or pipe; see `Writer`.
         format: one of the values of `FORMATS`, where no ending says it.
+        transcribe: for subtitles: what is said in samples of the sound's rate, such as `Client.transcribe`.
         options: the other arguments of `Writer`.
 
     Raises:
-        MediaError: no ending that is known; and what the writers raise.
+        MediaError: no ending that is known, or subtitles without `transcribe`; and what the writers raise.
     """
+    from ._subtitles import SubtitleWriter  # which is a `Writer`
+
     place = Path(path)
-    if format is None and (str(path).endswith(os.sep) or place.is_dir()):
-        format, path = "png", place / "%05d.png"
-    format = format or FORMATS.get(place.suffix.lower())
+    if str(path).endswith(os.sep) or place.is_dir():
+        path = place = place / "%05d.png"
+    format = FORMATS.get(place.suffix.lower(), format)
     if format in PicturesWriter.CODECS:
         return PicturesWriter(path, format=format, **options)
     if format in _FILMS:
         return _FILMS[format](path, **options)
+    if format in SUBTITLES and transcribe is None:
+        raise MediaError(f"{path} can't be written: subtitles need somebody who hears what is said, see `transcribe`")
+    if format in SUBTITLES and transcribe is not None:
+        return SubtitleWriter(path, format=format, transcribe=transcribe, **options)
     raise MediaError(f"{path} does not say its format: expected one of the endings {' '.join(FORMATS)}, or FOLDER/")
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ._audio import Pcm, Samples, Tape, to_mono
+from ._disclosure import Disclosure
 from ._files import Writer
 from ._frame import Frame
 from ._turns import EndOfSpeech
@@ -45,10 +46,11 @@ class SubtitleWriter(Writer):
     """
 
     pipes = True
-    FORMATS: ClassVar = {".srt": "srt", ".vtt": "vtt"}
 
     def __init__(self, path: str | Path, *, format: str, transcribe: Callable[[Samples], str], **options: Any) -> None:
         self.format = format  # type: ignore[misc]  # one class writes both
+        disclosure = options.pop("disclosure", Disclosure())
+        options["disclosure"] = replace(disclosure, credentials=None)  # nobody signs text
         super().__init__(path, **options)
         self._transcribe = transcribe
         self._speech = EndOfSpeech.load().speech

@@ -28,12 +28,10 @@ from ._disclosure import Credentials, Disclosure
 from ._exceptions import InvalidAudioError, InvalidRequestError, TalksplatError
 from ._files import FORMATS, STDOUT, Writer, file_writer
 from ._media import Recording, microphone, read_audio
-from ._subtitles import SubtitleWriter
 
 RAW_PACKET = 4096  # bytes read at once from a pipe
 LIVE_PACKET = 0.02  # seconds
 MICROPHONE_RATE = 48_000  # Hz, that every sound card has
-ENDINGS = FORMATS | SubtitleWriter.FORMATS
 BAR = 24  # letters of the progress bar
 API_KEY = "TALKSPLAT_API_KEY"  # environment variable
 
@@ -92,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--size", type=int, help="height and width in pixels (default: the avatar's)")
         added.add_argument("--quality", type=int, default=85, help="of JPEG, 1 to 100 (default: 85)")
 
-    animate = command("animate", _animate, "Write a video in which an avatar speaks a recording.")
+    animate = command("animate", _animate, "Write films, pictures or subtitles of an avatar that speaks a recording.")
     sound(animate, "audio or video file, - for standard input")
     look(animate)
     animate.add_argument(
@@ -104,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         "FOLDER/%%05d.png (.jpg) for each frame, - for standard output; several times: all from the same frames",
     )
     animate.add_argument(
-        "--format", choices=[*dict.fromkeys(ENDINGS.values())], help="of what has no ending: standard output, a pipe"
+        "--format", choices=[*dict.fromkeys(FORMATS.values())], help="of what has no ending: standard output, a pipe"
     )
     animate.add_argument("--transcript", action="store_true", help="also tell what is said")
     animate.add_argument(
@@ -220,16 +218,14 @@ def _writers(client: Client, args: argparse.Namespace, sample_rate: int) -> list
     signer = Credentials(args.c2pa_certificate, args.c2pa_key) if args.c2pa_key else None
 
     def writer(path: str) -> Writer:
-        form = ENDINGS.get(Path(path).suffix.lower(), args.format)
-        subtitles = form in SubtitleWriter.FORMATS.values()
-        # nobody signs subtitles
-        disclosure = Disclosure(args.avatar, not args.no_label, None if subtitles else signer)
-        options: dict[str, Any] = {"sample_rate": sample_rate, "fps": client.clock().fps, "disclosure": disclosure}
-        if subtitles:
-            return SubtitleWriter(
-                path, format=form, transcribe=partial(client.transcribe, sample_rate=sample_rate), **options
-            )
-        return file_writer(path, format=form, **options)
+        return file_writer(
+            path,
+            format=args.format,
+            transcribe=partial(client.transcribe, sample_rate=sample_rate),
+            sample_rate=sample_rate,
+            fps=client.clock().fps,
+            disclosure=Disclosure(args.avatar, not args.no_label, signer),
+        )
 
     return [writer(path) for path in args.out]
 

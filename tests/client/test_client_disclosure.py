@@ -261,7 +261,7 @@ def test_without_the_extra_it_is_said_how_to_install_it(
 
 
 def test_a_certificate_as_openssl_makes_it_will_do(tmp_path: Path) -> None:
-    """The commands of docs/consent.md."""
+    """One command is enough for who wants to try it."""
     files = ("-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "certificate.pem"))
     subprocess.run(
         [

@@ -193,11 +193,13 @@ def test_a_failure_leaves_what_there_was(tmp_path: Path, name: str) -> None:
     [
         ("out.avi", {}, r"out\.avi does not say its format: expected one of the endings \.mp4 \.webm"),
         ("out", {}, "does not say its format"),
+        ("out.srt", {}, "subtitles need somebody who hears"),
         ("out.png", {}, "no place for the frame's number"),
         ("%d%d.png", {}, "no place for the frame's number"),
         ("%s-%d.png", {}, "no place for the frame's number"),
         ("full/%d.png", {}, "is not empty"),
         ("full/", {}, "is not empty"),
+        ("full", {"format": "mp4"}, "is not empty"),  # a folder stays one
         ("pipe", {"format": "webp"}, "can't be written into one"),
         ("none/out.mp4", {}, r"out\.mp4 can't be written: No such"),
         ("none/below/%d.png", {}, "can't be written: No such"),
@@ -205,7 +207,7 @@ def test_a_failure_leaves_what_there_was(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_what_can_not_be_written_is_said_before_the_first_frame(
-    tmp_path: Path, name: str, options: dict[str, str], reason: str
+    tmp_path: Path, name: str, options: dict[str, Any], reason: str
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "full").mkdir()
