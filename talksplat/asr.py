@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from talksplat import framing
 from talksplat.clock import SAMPLE_RATE, SAMPLES_PER_FRAME, WINDOW
+from talksplat.nets import session
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -163,14 +163,7 @@ def in_process(
 
     In int8 an utterance takes less than half of the time, and a quarter of the memory: see `talksplat_export.dynamic`.
     """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    vad, encoder, decoder = (
-        ort.InferenceSession(str(repository / file), options, providers=["CPUExecutionProvider"])
-        for file in ("vad/1/model.onnx", *_FILES[precision])
-    )
+    vad, encoder, decoder = (session(repository / file, threads) for file in ("vad/1/model.onnx", *_FILES[precision]))
     clip = [node.name for node in decoder.get_inputs() if node.name.startswith("CROSS_KV")]
 
     def step(token: Array, cross: Array, past: Array) -> tuple[Array, Array]:

