@@ -98,6 +98,7 @@ class VideoGenerator(agents.VideoGenerator):
             with contextlib.suppress(TimeoutError):  # what is just being pushed would be heard after it
                 await asyncio.wait_for(self._taken.wait(), BUFFER_SECONDS)
             await self.av_sync.clear_queue()
+            self._count()
 
     async def __aiter__(self) -> AsyncIterator[rtc.VideoFrame | rtc.AudioFrame | agents.AudioSegmentEnd]:
         """Frames and sound, without end.
@@ -112,11 +113,15 @@ class VideoGenerator(agents.VideoGenerator):
                     yield output
                     self._taken.set()
                 if self._next is None:  # it begins to count with the first, which waits until the track is published
-                    self._next = asyncio.get_running_loop().time() + 1 / self.options.video_fps
+                    self._count()
 
     async def aclose(self) -> None:
         """End the frames."""
         await self._stream.close()
+
+    def _count(self) -> None:
+        """AVSynchronizer has nothing to show but the frame at hand."""
+        self._next = asyncio.get_running_loop().time() + 1 / self.options.video_fps
 
     def _outputs(self, moment: Moment) -> list[rtc.VideoFrame | rtc.AudioFrame]:
         """The frame and its sound."""
@@ -166,6 +171,7 @@ class AvatarSession(agents.AvatarSession[Never]):
         super().__init__()
         self._client, self._avatar, self._sample_rate, self._size = client, avatar, sample_rate, size
         self._generator: VideoGenerator | None = None
+        self._voice: agents.QueueAudioOutput | None = None
         self._runner: agents.AvatarRunner | None = None
         self._watching: asyncio.Task[None] | None = None
 
@@ -199,16 +205,17 @@ class AvatarSession(agents.AvatarSession[Never]):
             self._client, self._avatar, sample_rate=self._sample_rate, size=self._size
         )
         await super().start(agent_session, room)
-        voice = agents.QueueAudioOutput(sample_rate=self._sample_rate, wait_playback_start=True)
+        self._voice = voice = agents.QueueAudioOutput(sample_rate=self._sample_rate, wait_playback_start=True)
         self._generator = generator
         self._runner = agents.AvatarRunner(room, audio_recv=voice, video_gen=generator, options=generator.options)
         generator.av_sync = self._runner.av_sync
         await self._runner.start()
-        self._watching = asyncio.create_task(self._watch(self._runner, voice, agent_session))
+        self._watching = asyncio.create_task(self._watch(self._runner, agent_session))
         agent_session.output.replace_audio_tail(voice)
 
     async def aclose(self) -> None:
-        """Take the face away; the agent stays in its room."""
+        """Take the face away, and with it the voice; the agent stays in its room."""
+        self._silence()
         if self._watching is not None:
             await aio.cancel_and_wait(self._watching)
         if self._generator is not None:
@@ -221,14 +228,19 @@ class AvatarSession(agents.AvatarSession[Never]):
             self._room = None
         await super().aclose()
 
-    async def _watch(
-        self, runner: agents.AvatarRunner, voice: agents.QueueAudioOutput, agent_session: AgentSession[Any]
-    ) -> None:
+    def _silence(self) -> None:
+        """The agent has no voice from now on, and nobody waits for what will never be heard."""
+        voice, self._voice = self._voice, None
+        if voice is None or self._agent_session is None:
+            return
+        self._agent_session.output.audio = None
+        for _ in range(voice._pending_playback_count):
+            voice.on_playback_finished(playback_position=0.0, interrupted=True)
+
+    async def _watch(self, runner: agents.AvatarRunner, agent_session: AgentSession[Any]) -> None:
         try:
             await runner.wait_for_complete()
         except TalksplatError as error:
             logger.error("the avatar is lost: %s", error)
-            agent_session.output.audio = None
-            for _ in range(voice._pending_playback_count):  # nobody waits for what will never be heard
-                voice.on_playback_finished(playback_position=0.0, interrupted=True)
+            self._silence()
             agent_session.emit("error", ErrorEvent(error=error, source=self))

@@ -226,6 +226,40 @@ def test_each_frame_comes_before_its_sound_and_a_segment_ends_after_its_last() -
     assert isinstance(outputs[-1], rtc.VideoFrame)
 
 
+class FakeSynchronizer:
+    """Has nothing to clear: whoever takes the frames keeps none."""
+
+    async def clear_queue(self) -> None:
+        pass
+
+
+def test_after_an_interruption_there_are_pictures_for_all_the_time_though_the_server_is_late() -> None:
+    async def work() -> float:
+        server = SimulatedServer()
+        generator = await VideoGenerator.open(server.client(), "ava")
+        generator.av_sync = FakeSynchronizer()  # type: ignore[assignment]  # the fake
+        pictures = 0
+
+        async def take() -> None:
+            nonlocal pictures
+            async for output in generator:
+                pictures += isinstance(output, rtc.VideoFrame)
+
+        taking = asyncio.create_task(take())
+        for packet in packets(flashes(20, SAMPLE_RATE)):
+            await generator.push_audio(packet)
+        await asyncio.sleep(1)
+        await generator.clear_buffer()
+        shown = pictures
+        server.seconds = 0.25
+        await asyncio.sleep(2)
+        await generator.aclose()
+        await taking
+        return (pictures - shown) * FRAME
+
+    assert simulate(work()) == pytest.approx(2, abs=1.1 * FRAME)
+
+
 async def test_sound_in_stereo_and_at_another_rate_comes_out_as_announced() -> None:
     server = SimulatedServer(0.001)
     async with server.client() as client:
@@ -253,6 +287,22 @@ async def test_an_unknown_avatar_and_an_absent_server_are_told_at_the_start(serv
         with pytest.raises(ServerUnavailableError):
             await AvatarSession(client, "red").start(session, FakeRoom())  # type: ignore[arg-type]
     assert session.output.audio is None
+
+
+async def test_an_agent_whose_face_is_taken_away_waits_for_nothing() -> None:
+    room = FakeRoom()
+    async with no_leaks(), SimulatedServer().client() as client:
+        session = AgentSession[None]()
+        face = AvatarSession(client, "ava")
+        await face.start(session, room)  # type: ignore[arg-type]
+        await session.start(Agent(instructions=""))
+        speaking = session.say("hello", audio=stream(speech(8, SAMPLE_RATE)))
+        await wait_until(lambda: len(loud(room.local_participant.sounds)) > 10)
+        await face.aclose()
+        await asyncio.wait_for(speaking.wait_for_playout(), 4)
+        await asyncio.wait_for(session.say("hello", audio=stream(speech(2, SAMPLE_RATE))).wait_for_playout(), 4)
+        await session.aclose()
+        await room.local_participant.leave()
 
 
 async def test_an_agent_whose_server_is_lost_is_told_and_waits_for_nothing() -> None:
