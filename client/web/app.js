@@ -82,6 +82,8 @@ let conversation;
 let agreed; // with the Python client
 /** @type {Microphone | null} */
 let microphone = null;
+let asking = false; // for the microphone
+let beginning = new AbortController(); // what was begun last, of connecting and loading; what was before is given up
 /** @type {State | "starting" | "stopped"} */
 let state = "starting";
 /** @type {Stages} */
@@ -122,7 +124,9 @@ function askSettings(why = "") {
   for (const input of settingsForm.querySelectorAll("input")) input.value = setting(/** @type {"key"} */ (input.name));
   settingsProblem.textContent = why;
   settingsProblem.hidden = !why;
-  if (!settings.open) settings.showModal();
+  if (settings.open) return;
+  settings.returnValue = ""; // else Escape leaves the one before
+  settings.showModal();
 }
 
 settings.addEventListener("close", () => {
@@ -132,8 +136,9 @@ settings.addEventListener("close", () => {
     sessionStorage.setItem(`talksplat.${input.name}`, input.value.trim());
   }
   applySettings();
-  if (setting("key") !== before || state === "stopped") start();
+  if (setting("key") !== before || state === "stopped") begin(connect);
 });
+element("cancel", HTMLButtonElement).addEventListener("click", () => settings.close());
 element("open-settings", HTMLButtonElement).addEventListener("click", () => askSettings());
 
 // What is said to the user
@@ -223,48 +228,69 @@ triton.addEventListener("found", () => {
   show();
 });
 
-async function start() {
+/**
+ * Give up whatever was begun before, and begin anew; where no server answers, again and again.
+ * @param {(signal: AbortSignal) => Promise<void>} steps
+ */
+async function begin(steps) {
   hangUp();
+  beginning.abort();
+  beginning = new AbortController();
+  const { signal } = beginning;
   complain("");
   become("starting");
-  try {
-    [clock, agreed] = await Promise.all([triton.clock(), fetchAgreed()]);
-    player ??= new Player(canvas, clock);
-    const known = await avatars(triton);
-    if (!known.length) throw new TalksplatError("unknown", "This server has no avatar that you may use.");
-    picker.replaceChildren(...known.map(({ id }) => new Option(id, id)));
-    const wanted = new URLSearchParams(location.search).get("avatar");
-    if (wanted) {
-      if (known.some(({ id }) => id === wanted)) picker.value = wanted;
-      else complain(`There is no avatar ${wanted} here.`);
+  while (!signal.aborted) {
+    try {
+      return await steps(signal);
+    } catch (error) {
+      if (signal.aborted) return;
+      if (!(error instanceof TalksplatError) || error.kind !== "unavailable") {
+        become("stopped");
+        return report(error);
+      }
     }
-    picker.disabled = false;
-    await choose();
-  } catch (error) {
-    if (error instanceof TalksplatError && error.kind === "unavailable") {
-      await pause(AGAIN_SECONDS);
-      return start();
-    }
-    become("stopped");
-    report(error);
+    await pause(AGAIN_SECONDS);
   }
 }
 
-element("again", HTMLButtonElement).addEventListener("click", start);
+element("again", HTMLButtonElement).addEventListener("click", () => begin(connect));
+
+/**
+ * Find out what there is, and show an avatar.
+ * @param {AbortSignal} signal
+ */
+async function connect(signal) {
+  [clock, agreed] = await Promise.all([triton.clock(), fetchAgreed()]);
+  const known = await avatars(triton);
+  signal.throwIfAborted();
+  player ??= new Player(canvas, clock);
+  if (!known.length) throw new TalksplatError("unknown", "This server has no avatar that you may use.");
+  picker.replaceChildren(...known.map(({ id }) => new Option(id, id)));
+  const wanted = new URLSearchParams(location.search).get("avatar");
+  if (wanted) {
+    if (known.some(({ id }) => id === wanted)) picker.value = wanted;
+    else complain(`There is no avatar ${wanted} here.`);
+  }
+  picker.disabled = false;
+  await load(signal);
+}
 
 /** @returns {Promise<typeof agreed>} */
 async function fetchAgreed() {
-  const response = await fetch("conversation.json");
+  const response = await fetch("conversation.json").catch(() => {
+    throw new TalksplatError("unavailable", "The server is away.");
+  });
   if (!response.ok) throw new TalksplatError("failed", "This page is not complete: conversation.json is missing.");
   return response.json();
 }
 
-/** Show the avatar that is picked. */
-async function choose() {
+/**
+ * Show the avatar that is picked.
+ * @param {AbortSignal} signal
+ */
+async function load(signal) {
   const avatar = picker.value;
   const place = /** @type {Player} */ (player);
-  hangUp();
-  become("starting");
   const began = performance.now();
   const label = /** @type {HTMLElement} */ (loading.querySelector("label"));
   const tick = () => {
@@ -274,9 +300,10 @@ async function choose() {
   };
   tick();
   const ticking = setInterval(tick, 1e3);
+  signal.addEventListener("abort", () => clearInterval(ticking));
   try {
     const { model } = await preload(triton, avatar);
-    if (picker.value !== avatar) return; // another one was picked meanwhile
+    signal.throwIfAborted();
     stream = new Stream(triton, clock, place, { avatar, model, seed: 0 });
     conversation = new Conversation(triton, clock, stream, agreed.end_of_speech, responder, {
       state: become,
@@ -323,13 +350,7 @@ function hangUp() {
   subtitle.textContent = "";
 }
 
-picker.addEventListener("change", () => {
-  complain("");
-  choose().catch(error => {
-    become("stopped");
-    report(error);
-  });
-});
+picker.addEventListener("change", () => begin(load));
 document.addEventListener("visibilitychange", () => {
   if (stream) stream.paused = document.hidden;
 });
@@ -342,6 +363,8 @@ for (const gesture of ["pointerdown", "keydown"]) {
 
 talk.addEventListener("click", async () => {
   if (microphone) return mute();
+  if (asking) return;
+  asking = true;
   complain("");
   try {
     await player?.unlock();
@@ -357,6 +380,7 @@ talk.addEventListener("click", async () => {
   } catch (error) {
     report(error);
   }
+  asking = false;
   show();
 });
 
@@ -374,7 +398,7 @@ element("composer", HTMLFormElement).addEventListener("submit", async event => {
   complain("");
   text.value = "";
   await player?.unlock();
-  await conversation.say(words);
+  await conversation?.say(words);
 });
 
 openFile.addEventListener("click", () => file.click());
@@ -385,7 +409,8 @@ file.addEventListener("change", async () => {
   complain("");
   try {
     await player?.unlock();
-    await conversation.play(await decode(chosen));
+    const sound = await decode(chosen);
+    await conversation?.play(sound); // of the avatar that is there by now
   } catch (error) {
     report(error);
   }
@@ -404,10 +429,9 @@ async function decode(chosen) {
     throw new Error(`This browser finds no sound in ${chosen.name}.`);
   }
   const channels = Array.from({ length: sound.numberOfChannels }, (_, channel) => sound.getChannelData(channel));
-  const mono = Float32Array.from({ length: sound.length }, (_, place) =>
+  return Float32Array.from({ length: sound.length }, (_, place) =>
     channels.reduce((sum, channel) => sum + /** @type {number} */ (channel[place]) / channels.length, 0),
   );
-  return mono;
 }
 
 stop.addEventListener("click", () => conversation?.interrupt());
@@ -476,4 +500,4 @@ Object.assign(window, {
 
 applySettings();
 show();
-start();
+begin(connect);

@@ -99,7 +99,9 @@ export class Conversation {
     this.#attending = true;
     this.#attend()
       .catch(error => {
+        if (this.#closed.signal.aborted) return;
         if (!(error instanceof TalksplatError) || error.kind !== "unavailable") this.#fail(error); // else it is known
+        this.deafen(); // nobody knows whether the turn goes on
         return pause(DEAF_SECONDS);
       })
       .finally(() => {
@@ -159,6 +161,7 @@ export class Conversation {
     const { samplesPerFrame, chunk, chunkFrames, leftContext, window } = this.#clock;
     while (this.#tape.end - this.#seen >= samplesPerFrame && !this.#closed.signal.aborted) {
       this.#seen = Math.max(this.#seen, this.#tape.end - BACKLOG_CHUNKS * chunk);
+      this.#tape.forget(Math.min(this.#seen - chunk - leftContext, this.#turns.inTurn ? this.#turnBegin : this.#seen));
       const frames = Math.min(chunkFrames, Math.floor((this.#tape.end - this.#seen) / samplesPerFrame));
       const end = this.#seen + frames * samplesPerFrame;
       const sound = new Float32Array(window);
@@ -172,7 +175,6 @@ export class Conversation {
         if (probability > this.#settings.speech) this.#speechEnd = position;
         this.#decide(turns.push(probability), position);
       }
-      this.#tape.forget(Math.min(this.#seen - chunk - leftContext, this.#turns.inTurn ? this.#turnBegin : this.#seen));
     }
   }
 
@@ -246,7 +248,7 @@ export class Conversation {
     this.#guess = null;
     if (!guess?.pieces || !guess.text) {
       this.#stream.listening = 0;
-      this.#become("idle"); // a noise
+      if (this.#state === "listening") this.#become("idle"); // a noise
       return;
     }
     const spoken = this.#heard(this.#speechEnd);

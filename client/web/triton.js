@@ -286,7 +286,7 @@ export class Triton extends EventTarget {
       } catch (error) {
         signal?.throwIfAborted();
         const failure = failureOf(error);
-        if (failure.kind === "unavailable") this.#answers(false);
+        this.#answers(failure.kind !== "unavailable");
         since = Math.min(since, performance.now());
         const worthwhile = failure.kind === "unavailable" || (failure.kind === "overloaded" && insist);
         const pauses = Math.max(wait, failure.retryAfter ?? 0);

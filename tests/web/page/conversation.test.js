@@ -158,6 +158,34 @@ test("a noise without words is no turn", () =>
     assert.equal(models.of("tts").length, 0);
   }));
 
+test("a noise that ends while the avatar says something else does not end that", () =>
+  talking(async ({ told, models, conversation, speak, wait }) => {
+    models.text = "";
+    await speak(0.3);
+    conversation.say("One. Two. Three. Four. Five.");
+    await wait(1);
+    assert.deepEqual(told.states, ["listening", "thinking", "speaking"]);
+    await wait(3);
+    assert.equal(told.states.at(-1), "idle");
+  }));
+
+test("a turn in which speech can no longer be detected is given up", () =>
+  talking(async ({ told, models, stream, speak, wait }) => {
+    await speak(0.5);
+    models.vad = () => {
+      throw new TalksplatError("unavailable", "away");
+    };
+    await wait(0.2);
+    assert.deepEqual(told.states, ["listening", "idle"]);
+    delete models.vad;
+    await wait(2);
+    assert.equal(models.of("transcribe").length, 0);
+    assert.deepEqual(told.problems, []);
+    await speak(1);
+    await wait(3);
+    assert.deepEqual(told.states.slice(2), ["listening", "thinking", "speaking", "idle"]);
+  }));
+
 test("who interrupts the avatar silences it, and is heard from the first word", () =>
   talking(async ({ told, models, screen, stream, speak, wait }) => {
     await speak(1);

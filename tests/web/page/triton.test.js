@@ -117,6 +117,12 @@ test("a server that is away is asked again, and that it was is told", () =>
     assert.deepEqual(events, ["lost", "found"]);
   }));
 
+test("a server that refuses is there", () =>
+  serving([[503, {}, ""], [401, {}, '{"error":"An API key is needed."}']], async (triton, _, events) => {
+    await assert.rejects(triton.clock(), { kind: "unauthenticated" });
+    assert.deepEqual(events, ["lost", "found"]);
+  }));
+
 test("who has no place is told at once, unless it had one before", () => {
   const full = [429, { "retry-after": "0" }, '{"error":"full"}'];
   const done = JSON.stringify({ outputs: [] });
