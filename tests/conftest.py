@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from make_avatar import COLORS, make_huma1_avatar, write_avatar
 
@@ -16,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for torch, which comes later: small products are slower on several threads
 
+
+hypothesis.settings.register_profile("talksplat", deadline=None)  # a timing belongs in a benchmark
+hypothesis.settings.load_profile("talksplat")
 
 TOGETHER = ("faults", "monitoring")  # folders whose tests share servers of their own
 

@@ -123,7 +123,7 @@ def test_every_rate_is_converted_as_if_at_once(rate: int) -> None:
     np.testing.assert_allclose(converted, with_silence[TARGET : 2 * TARGET], atol=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rate=st.sampled_from(RATES),
     sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=6),
@@ -148,7 +148,7 @@ def test_single_samples_are_as_good_as_one_packet(rate: int) -> None:
     np.testing.assert_array_equal(everything(in_packets), everything(at_once))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rate=st.sampled_from(RATES), taken=st.integers(0, 30_000), position=st.integers(-10_240, 20_000))
 def test_a_track_goes_on_from_its_tail_bit_for_bit(rate: int, taken: int, position: int) -> None:
     source = noise(40_000)

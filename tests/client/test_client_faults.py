@@ -76,7 +76,7 @@ def expected() -> list[Any]:
         return windows(play(server.url))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     faults=st.dictionaries(
         st.tuples(st.integers(0, 12), st.integers(0, 2)),  # chunk, and how often it was asked for before

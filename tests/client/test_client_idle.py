@@ -79,7 +79,7 @@ def test_long_silence_within_speech_costs_no_more_than_rest() -> None:
     assert [frame.index for frame in always] == [frame.index for frame in frames]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rate=st.sampled_from(RATES[:-1]),  # those that have whole samples in a frame
     parts=st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(0, 40_000)), min_size=1, max_size=6),
@@ -104,7 +104,7 @@ def test_speaking_begins_at_the_next_frame_and_frame_numbers_run_through(
             assert state.position == pytest.approx(index / 25)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rate=st.sampled_from(RATES), rested=st.integers(0, 60), samples=st.integers(1, 30_000))
 def test_speech_after_rest_is_speech_after_silence(rate: int, rested: int, samples: int) -> None:
     audio, face = noise(samples), Face()
@@ -117,7 +117,7 @@ def test_speech_after_rest_is_speech_after_silence(rate: int, rested: int, sampl
     assert after_rest == at_once[rested:]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(rate=st.sampled_from(RATES), spoken=st.integers(0, 40), samples=st.integers(0, 30_000))
 def test_rest_after_speech_is_silence_after_what_was_shown(rate: int, spoken: int, samples: int) -> None:
     audio, face = noise(samples), Face()

@@ -68,7 +68,7 @@ PARTS = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(PARTS)
 def test_listening_never_jumps_however_a_stream_is_cut_and_resumed(
     parts: Sequence[tuple[bool, float, int, int, int]],

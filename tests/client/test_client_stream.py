@@ -96,7 +96,7 @@ def test_a_server_that_tells_no_clock_is_no_talksplat_server(missing: str) -> No
             Clock.from_parameters(wrong)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(samples=st.integers(0, 30_000), sizes=st.lists(st.integers(1, 20_000), min_size=1, max_size=6))
 def test_windows_hold_the_audio_once_and_packet_sizes_do_not_matter(samples: int, sizes: list[int]) -> None:
     audio = noise(samples)
@@ -127,7 +127,7 @@ def test_there_is_a_frame_for_every_begun_40_ms(rate: int, seconds: float) -> No
     assert {frame.speech for frame in frames} <= {0.25}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rate=st.sampled_from([16_000, 44_100, 8_000]),
     sizes=st.lists(st.integers(1, 9_000), min_size=1, max_size=5),
@@ -316,7 +316,7 @@ def pieces(audio: Samples, sizes: Iterable[int]) -> list[tuple[int, Samples]]:
     return found + list(iter(cutter.next_piece, None))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seconds=st.integers(0, 100), sizes=st.lists(st.integers(500, 90_000), min_size=1, max_size=4))
 def test_long_utterances_are_cut_without_losing_a_sample(seconds: int, sizes: list[int]) -> None:
     audio = noise(seconds * 16_000 + 7)

@@ -435,7 +435,7 @@ def test_what_is_no_message_is_refused(secure: Secure, body: bytes) -> None:
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.binary(max_size=300), name=st.none() | st.text(max_size=20))
 def test_any_bytes_are_answered_cleanly(secure: Secure, body: bytes, name: str | None) -> None:
     if name is not None:

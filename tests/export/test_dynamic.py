@@ -50,7 +50,7 @@ def scripted(path: Path, weights: Float32, layers: range = range(LAYERS)) -> Pat
     return path
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**16), spread=st.floats(0.01, 10))
 def test_a_quantised_graph_computes_about_the_same_from_parts(
     tmp_path_factory: pytest.TempPathFactory, seed: int, spread: float

@@ -103,7 +103,7 @@ rows = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=25)  # each writes files
+@settings(max_examples=25)  # each writes files
 @given(rows)
 def test_rows_come_out_of_parquet_as_they_went_in(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Measured]

@@ -21,7 +21,7 @@ SIZE = talking_head.SIZE
 
 
 @given(st.integers(1, 30), st.integers(0, 10_000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_rest_stays_zero_and_coefficients_have_unit_size(channels: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     expression = rng.uniform(0, 1, (80, channels)).astype(np.float32)

@@ -151,7 +151,7 @@ numbers = st.lists(st.floats(width=32), min_size=3, max_size=9).map(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(numbers, st.sampled_from([2.0, 2.001, -2.0, float("nan"), float("inf")]), st.sampled_from(["fp32", "int8"]))
 def test_parity_lets_nothing_through_that_is_not_finite_or_differs(
     doubled: Path, x: npt.NDArray[np.float32], factor: float, precision: Any

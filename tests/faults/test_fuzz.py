@@ -41,7 +41,6 @@ def inputs(share: float) -> Callable[..., Any]:
     """So many of all inputs; the same ones each time in the suite, others each time where there are thousands."""
     return settings(
         max_examples=max(1, int(share * INPUTS)),
-        deadline=None,
         database=None,
         derandomize="FUZZ_INPUTS" not in os.environ,
         suppress_health_check=list(HealthCheck),

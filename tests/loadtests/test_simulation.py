@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from make_avatar import write_avatar
 
@@ -41,7 +41,6 @@ clusters = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(clusters, dues)
 def test_every_chunk_is_answered_or_dropped_once_and_no_sooner_than_it_can_be(
     replicas: Replicas, dues: list[float]
@@ -54,7 +53,6 @@ def test_every_chunk_is_answered_or_dropped_once_and_no_sooner_than_it_can_be(
         assert np.isfinite(outcome.answered).all()
 
 
-@settings(deadline=None)
 @given(clusters, dues)
 def test_a_seed_decides_everything(replicas: Replicas, dues: list[float]) -> None:
     once, again = replicas.run(dues), replicas.run(dues)
@@ -62,7 +60,6 @@ def test_a_seed_decides_everything(replicas: Replicas, dues: list[float]) -> Non
     assert once.worked == again.worked
 
 
-@settings(deadline=None)
 @given(services, st.integers(1, 4), st.integers(1, 4), dues)
 def test_cores_do_the_work_that_there_is_and_no_more(
     service: Service, count: int, cores: int, dues: list[float]

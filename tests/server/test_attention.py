@@ -52,7 +52,7 @@ def poses(head: Head, index: int, seed: int, levels: Sequence[float], speech: Se
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from(HEADS),
     INDICES,
@@ -94,7 +94,7 @@ def test_a_listener_looks_at_the_viewer_and_nods_and_an_idle_face_looks_aside(he
     assert min(depths) > -np.radians(1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SEEDS)
 def test_a_listener_blinks_half_as_often_and_opens_the_eyes_wider(seed: int) -> None:
     shut = [[lids(index, seed, listening) == LID_STEPS for index in range(2000)] for listening in (0, 1)]
@@ -103,7 +103,7 @@ def test_a_listener_blinks_half_as_often_and_opens_the_eyes_wider(seed: int) -> 
     assert min(lids(index, seed, 1) for index in range(100)) < 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(INDICES, SEEDS)
 def test_a_speaker_sways_within_bounds_and_without_a_jump(index: int, seed: int) -> None:
     turns = np.array([sway(index + frame, seed) for frame in range(60)])

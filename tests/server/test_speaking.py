@@ -101,7 +101,7 @@ def test_pieces_are_those_of_the_whole_sentence(networks: speaking.Networks, spe
     assert np.sqrt(np.mean((said[inner] - others[inner]) ** 2)) < 0.01 * np.sqrt(np.mean(said**2))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_a_piece_may_begin_at_any_sample(networks: speaking.Networks, said: Float32, data: st.DataObject) -> None:
     speaker = Speaker(networks, SYMBOLS, REPLIES, no_phonemiser)  # another one: nothing is kept from before
@@ -130,7 +130,6 @@ def test_only_some_sentences_stay_encoded(networks: speaking.Networks) -> None:
 
 
 @given(st.integers(50, 7000))
-@settings(deadline=None)
 def test_the_resampler_keeps_tones_as_they_are(hertz: int) -> None:
     periods = 10
     source = np.sin(2 * np.pi * hertz * (np.arange(periods * PERIOD_IN + 2 * REACH) - REACH) / SOURCE_RATE)

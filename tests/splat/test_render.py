@@ -225,7 +225,7 @@ def test_read_only_arrays_are_accepted() -> None:
 floats = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     means=arrays(np.float32, (6, 3), elements=floats),
     quats=arrays(np.float32, (6, 4), elements=floats),
