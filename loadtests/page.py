@@ -41,7 +41,6 @@ SKEW_MS = 45.0
 TURNS = 5
 FIRST_SENTENCE = 1.9  # seconds of demo/speech.wav: "Hello, and welcome.", up to the middle of the pause after it
 PATIENCE = 60.0  # seconds
-STAGES = ("endOfSpeech", "recognition", "reply", "voice", "firstFrame", "answer", "interruption")
 OPTIONS = (
     *("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--use-fake-device-for-media-stream"),
@@ -293,10 +292,9 @@ def converse(visit: Visit, turns: int) -> list[Row]:
         visit.is_("idle", 30)
     visit.page.click("#talk")
     row: Row = {"turns": turns}
-    for stage in STAGES:
-        values = [stages[stage] for stages in measured if stage in stages]
-        if values:
-            row[f"{''.join('_' + c.lower() if c.isupper() else c for c in stage)}_ms"] = round(float(np.median(values)))
+    for stage in dict.fromkeys(stage for stages in measured for stage in stages):
+        median = np.median([stages[stage] for stages in measured if stage in stages])
+        row[f"{''.join('_' + c.lower() if c.isupper() else c for c in stage)}_ms"] = round(float(median))
     return [row]
 
 
