@@ -79,8 +79,7 @@ def write(path: Path, samples: npt.NDArray[np.int16]) -> Path:
 
 def recording(path: Path, seconds: float) -> Path:
     """Speech of that length, with its pauses."""
-    samples = speech()
-    return write(path, np.tile(samples, int(seconds * clock.SAMPLE_RATE / len(samples)) + 1))
+    return write(path, np.resize(speech(), int(seconds * clock.SAMPLE_RATE)))  # repeated, or cut off
 
 
 def greeting(path: Path, silence: float) -> Path:
