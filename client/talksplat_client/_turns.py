@@ -22,6 +22,7 @@ class EndOfSpeech:
 
     speech: float  # probability above which a frame is speech
     begin_seconds: float  # of speech that begin a turn, or interrupt the avatar
+    run_in_seconds: float  # before a turn's first speech that are recognised with it
     recognise_seconds: float  # of silence after which what was said is recognised, as a guess
     finished_seconds: float  # of silence that end a turn whose text sounds finished
     unfinished_seconds: float  # or does not

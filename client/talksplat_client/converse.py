@@ -47,7 +47,6 @@ __all__ = [
 
 Item = TypeVar("Item")
 
-RUN_IN_SECONDS = 0.3  # before a turn's first speech that are recognised with it
 PROMPT = (
     "You are a friendly talking avatar. What you write is spoken aloud: answer in one to three short sentences, "
     "in plain words, without lists, markup or emoji."
@@ -347,7 +346,7 @@ class _Conversation:
                         self._end = seen
                     await self._take(self._turns.push(probability), seen)
                 if not self._turns.in_turn:
-                    run_in = RUN_IN_SECONDS + self._settings.begin_seconds
+                    run_in = self._settings.run_in_seconds + self._settings.begin_seconds
                     self._begin = max(0, seen - round(run_in * clock.sample_rate))
                 track.forget(min(self._begin, seen - before))
             elif heard < track.ready:

@@ -32,7 +32,6 @@ import { Turns } from "./turns.js";
  * @property {(error: unknown) => void} problem
  */
 
-const RUN_IN_SECONDS = 0.3; // before a turn's first speech that are recognised with it
 const CAPTION_SECONDS = 10; // of a file that are recognised, and captioned, at a time
 const DEAF_SECONDS = 1; // after speech could not be detected
 const BACKLOG_CHUNKS = 4; // of sound that was not looked at yet; what is older is given up
@@ -185,7 +184,7 @@ export class Conversation {
   #decide(event, position) {
     if (event === "begin") {
       const began = position - Math.round(this.#settings.begin_seconds * this.#clock.sampleRate);
-      this.#turnBegin = began - Math.round(RUN_IN_SECONDS * this.#clock.sampleRate);
+      this.#turnBegin = began - Math.round(this.#settings.run_in_seconds * this.#clock.sampleRate);
       if (this.#state === "speaking" || this.#state === "thinking") {
         this.#silence();
         this.#measure({ interruption: performance.now() - this.#heard(began) });

@@ -2,11 +2,11 @@
 
 /**
  * From conversation.json: `speech` is the probability above which a frame is speech; `begin_seconds` of speech begin a
- * turn; after `recognise_seconds` of silence what was said is recognised, as a guess; `finished_seconds` or
- * `unfinished_seconds` of silence end a turn whose text does or does not sound finished, as the regular expression
- * `unfinished` says.
- * @typedef {{speech: number, begin_seconds: number, recognise_seconds: number, finished_seconds: number,
- *   unfinished_seconds: number, unfinished: string}} EndOfSpeech
+ * turn; after `recognise_seconds` of silence what was said, from `run_in_seconds` before it on, is recognised, as a
+ * guess; `finished_seconds` or `unfinished_seconds` of silence end a turn whose text does or does not sound finished, as
+ * the regular expression `unfinished` says.
+ * @typedef {{speech: number, begin_seconds: number, run_in_seconds: number, recognise_seconds: number,
+ *   finished_seconds: number, unfinished_seconds: number, unfinished: string}} EndOfSpeech
  * @typedef {"begin" | "recognise" | "resume" | "end"} TurnEvent
  */
 

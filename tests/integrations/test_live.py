@@ -328,7 +328,7 @@ def test_a_slow_consumer_gets_every_sound_in_order_only_later() -> None:
     assert np.diff([moment.due for moment in taken][1:]).min() > 0.9 * FRAME
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     rate=st.sampled_from([8_000, 16_000, 22_050, 24_000, 48_000]),
     cuts=st.lists(st.integers(0, 1000), max_size=8),

@@ -135,8 +135,8 @@ def test_who_speaks_is_heard_answered_and_may_interrupt(visit: Visit) -> None:
     assert visit.page.evaluate("() => window.opened") == 1
     visit.is_("listening")
     stats = visit.is_("speaking")
-    assert said(stats, "you") == ["Hello, and welcome."]
-    assert said(stats, "avatar") == ["Hello!"]
+    assert said(stats, "you")[0] == "Hello, and welcome."  # and again, if the machine is slow
+    assert said(stats, "avatar")[0] == "Hello!"
     for stage in ("endOfSpeech", "recognition", "voice", "firstFrame", "answer"):
         assert 0 < stats["stages"][stage] < 20_000, stage
     expect(visit.page.locator("#captions > *").nth(1)).to_have_text("ava: Hello!")
@@ -144,17 +144,18 @@ def test_who_speaks_is_heard_answered_and_may_interrupt(visit: Visit) -> None:
     stats = visit.wait_for(lambda stats: "interruption" in stats["stages"])  # by the next greeting
     assert stats["state"] == "listening"
     assert 0 < stats["stages"]["interruption"] < 3000
-    visit.wait_for(lambda stats: len(said(stats, "you")) == 2)
+    visit.wait_for(lambda stats: len(said(stats, "you")) >= 2)
     visit.page.click("#talk")
     expect(visit.page.locator("#talk")).to_have_attribute("aria-pressed", "false")
     assert visit.stats()["outOfOrder"] == 0
 
 
 def test_a_text_is_spoken_and_captioned(visit: Visit) -> None:
-    visit.page.fill("#text", "You are welcome.")
+    text = "I answer from a script, since no language model is connected."  # long enough to be stopped
+    visit.page.fill("#text", text)
     visit.page.click("#say")
     visit.is_("speaking")
-    expect(visit.page.locator("#captions > *")).to_have_text("ava: You are welcome.")
+    expect(visit.page.locator("#captions > *")).to_have_text(f"ava: {text}")
     expect(visit.page.locator("#text")).to_have_value("")
     visit.page.click("#stop")
     visit.is_("idle")
