@@ -1,7 +1,8 @@
 """Frames and their sound into files: MP4, WebM, animated WebP, pictures. PyAV is imported late.
 
 Each writer is a context manager with `write` for frames and `write_audio` for sound. What it writes appears when the
-block ends without an error, complete; else nothing is left behind. A pipe gets what is ready at once.
+block ends without an error, complete; else nothing is left behind. A pipe gets what is ready at once. Frames and sound
+may come from two threads.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from fractions import Fraction
@@ -69,6 +71,7 @@ class Writer(ABC):
         self._disclosure = disclosure
         self._part = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
         self._count = 0
+        self._lock = threading.RLock()  # PyAV kills the process where two threads use one container
         if self._piped and not self.pipes:
             raise MediaError(f"{path} is a pipe, and {self.format} files can't be written into one: name a file")
         if disclosure.credentials is not None:
@@ -84,14 +87,15 @@ class Writer(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                if not self._count:
-                    raise MediaError(f"{self._path} was not written: there are no frames")
-                with self._refusals():
-                    self._finish()
-        finally:
-            self._discard()
+        with self._lock:
+            try:
+                if kind is None:
+                    if not self._count:
+                        raise MediaError(f"{self._path} was not written: there are no frames")
+                    with self._refusals():
+                        self._finish()
+            finally:
+                self._discard()
 
     def write(self, frame: Frame) -> None:
         """The next frame.
@@ -99,12 +103,18 @@ class Writer(ABC):
         Raises:
             ServerError: it is no picture.
         """
-        with self._refusals():
+        with self._lock, self._refusals():
             self._write(frame)
-        self._count += 1
+            self._count += 1
 
-    def write_audio(self, packet: Pcm) -> None:  # noqa: B027 (most pictures have no sound)
+    def write_audio(self, packet: Pcm) -> None:
         """The next sound. Give it roughly in step with the frames."""
+        samples = to_mono(packet)
+        with self._lock, self._refusals():
+            self._write_audio(samples)
+
+    def _write_audio(self, samples: Samples) -> None:  # noqa: B027 (most pictures have no sound)
+        """Take sound."""
 
     @abstractmethod
     def _open(self) -> None:
@@ -185,11 +195,9 @@ class _Film(Writer):
         self._container: Any = None
         self._stream: BinaryIO | None = None  # the pipe
 
-    def write_audio(self, packet: Pcm) -> None:
-        """The next sound. Give it roughly in step with the frames."""
+    def _write_audio(self, samples: Samples) -> None:
         if self.audio is None:
             return
-        samples = to_mono(packet)
         if self._video is None:
             self._early.append(samples)
         elif samples.size:
@@ -197,8 +205,7 @@ class _Film(Writer):
             frame.sample_rate, frame.pts = self._sample_rate, self._samples
             frame.time_base = Fraction(1, self._sample_rate)
             self._samples += samples.size
-            with self._refusals():
-                self._container.mux(self._audio.encode(frame))
+            self._container.mux(self._audio.encode(frame))
 
     def _open(self) -> None:
         if self._piped:
@@ -237,7 +244,7 @@ class _Film(Writer):
         context.color_primaries, context.color_trc = SRGB_PRIMARIES, SRGB_TRANSFER
         early, self._early = self._early, []
         for samples in early:
-            self.write_audio(samples)
+            self._write_audio(samples)
 
     def _finish(self) -> None:
         for stream in filter(None, (self._video, self._audio)):

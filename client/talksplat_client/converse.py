@@ -23,7 +23,7 @@ from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 from ._asyncio import AsyncClient, Audio, _async_packets
 from ._audio import Pcm, Samples, Track, to_mono
 from ._clock import Clock
-from ._exceptions import MissingExtraError
+from ._exceptions import InvalidRequestError, MissingExtraError
 from ._live import LiveStream, Moment
 from ._speaking import sentences
 from ._state import Format
@@ -195,9 +195,12 @@ async def converse(
         See the classes of `Event`.
 
     Raises:
+        InvalidRequestError: ``speak_rate`` is given, and the voice is the server's.
         TalksplatError: the server is lost, the avatar unknown, or the audio not what was announced.
         Exception: whatever the audio raises.
     """
+    if speak is None and speak_rate is not None:
+        raise InvalidRequestError("speak_rate is that of another voice's sound, but there is no speak")
     clock = await client.clock()
     track = Track(clock.rate(sample_rate), clock.sample_rate, clock.samples_per_frame)
     live = await LiveStream[Any].open(

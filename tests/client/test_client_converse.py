@@ -88,6 +88,12 @@ def only(kind: type[Each], events: Sequence[object]) -> list[Each]:
     return [event for event in events if isinstance(event, kind)]
 
 
+async def test_a_rate_of_no_voice_is_refused() -> None:
+    async with AsyncClient("127.0.0.1:1") as client:
+        with pytest.raises(InvalidRequestError, match="speak_rate"):
+            await anext(converse(client, silence(1), avatar="ava", speak_rate=24_000))
+
+
 async def test_who_speaks_is_answered_and_frames_come_all_the_while(server: Server) -> None:
     async with AsyncClient(server.grpc_url) as client:
         talk = converse(client, live(silence(0.5), greeting(), silence(1.5)), avatar="red", format="raw", size=64)

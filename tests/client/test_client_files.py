@@ -94,6 +94,24 @@ def test_lips_and_sound_stay_together_in_every_film(tmp_path: Path, ending: str,
     require_film(str(path))
 
 
+def test_frames_and_sound_may_come_from_two_threads(tmp_path: Path) -> None:
+    path, step, seconds = tmp_path / "out.mp4", RATE // 100, 8
+    with file_writer(path, sample_rate=RATE, disclosure=UNLABELLED) as file:
+
+        def sound() -> None:
+            for _ in range(100 * seconds):
+                file.write_audio(np.zeros(step, np.float32))
+
+        speaker = threading.Thread(target=sound)
+        speaker.start()
+        for index in range(25 * seconds):
+            file.write(picture(index))
+        speaker.join()
+    with av.open(str(path)) as film:
+        counts = {stream.type: sum(1 for _ in film.decode(stream)) for stream in film.streams.video}
+        assert counts == {"video": 25 * seconds}
+
+
 @pytest.mark.parametrize("ending", FILMS)
 def test_a_film_says_which_colours_it_has(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"out.{ending}"
