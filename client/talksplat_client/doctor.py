@@ -33,7 +33,7 @@ EXTRAS = {  # what each gives
     "livekit": "a face for LiveKit agents",
     "pipecat": "a face for Pipecat",
     "webrtc": "WebRTC by aiortc",
-    "converse": "conversations with a language model",
+    "llm": "answers of a language model",
     "c2pa": "signed content credentials in written files",
 }
 CHUNKS = 6  # that are timed; the first does not count

@@ -114,6 +114,11 @@ def turns(frames: Sequence[Frame]) -> list[tuple[int, int]]:
     return [(each.get("listening_before", 0), each.get("listening", 0)) for each in said]
 
 
+def after_the_first_requests(found: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Without those that were sent before the stream was told to turn."""
+    return list(itertools.dropwhile(lambda turn: turn == (100, 100), found))
+
+
 def test_a_running_stream_turns_to_listening_and_back() -> None:
     with ScriptedServer() as server, Client(server.url) as client:
         stream = client.idle("ava")
@@ -124,11 +129,11 @@ def test_a_running_stream_turns_to_listening_and_back() -> None:
         with client.resume(None, stream.state) as resumed:
             assert resumed.listening == 1.0
             resumed.listening = 0.0
-            frames += itertools.islice(resumed, 20)
+            frames += itertools.islice(resumed, 40)
     found = turns(frames)
     assert found[0] == (0, 0)
     assert found[14] == (100, 100)
-    assert found[15:18] == [(100, 50), (50, 0), (0, 0)]
+    assert after_the_first_requests(found[15:])[:3] == [(100, 50), (50, 0), (0, 0)]
     assert [a[1] for a in found[:-1]] == [b[0] for b in found[1:]]
 
 
@@ -142,10 +147,10 @@ async def test_the_asyncio_twin_turns_the_same_way() -> None:
             async with await client.resume(None, stream.state) as resumed:
                 assert resumed.listening == 1.0
                 resumed.listening = 0.0
-                frames += [await anext(resumed) for _ in range(20)]
+                frames += [await anext(resumed) for _ in range(40)]
     found = turns(frames)
     assert (found[0], found[14]) == ((0, 0), (100, 100))
-    assert found[15:18] == [(100, 50), (50, 0), (0, 0)]
+    assert after_the_first_requests(found[15:])[:3] == [(100, 50), (50, 0), (0, 0)]
 
 
 def test_the_server_draws_a_listener_otherwise_and_a_resumed_one_the_same(server: Server) -> None:
