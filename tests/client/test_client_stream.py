@@ -269,6 +269,7 @@ def test_damaged_state_is_refused(data: st.DataObject) -> None:
         (NEW.to_bytes()[:16] + b"\4" + NEW.to_bytes()[17:], "version 4.*update"),
         (NEW.to_bytes() + b"\0", "damaged"),
     ],
+    ids=["nothing", "another kind of file", "of a newer client", "one byte too many"],
 )
 def test_foreign_and_newer_states_are_refused_with_the_reason(data: bytes, reason: str) -> None:
     with pytest.raises(InvalidStateError, match=reason):
