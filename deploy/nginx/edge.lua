@@ -24,6 +24,7 @@ local GRPC_STATUS = { -- of an HTTP status
   [400] = 3, [401] = 16, [403] = 7, [404] = 7, [405] = 7, [408] = 4, [413] = 3, [415] = 12, [429] = 8, [503] = 14,
 }
 local SENTENCES = { -- for what nginx itself refuses
+  [400] = "This is no request that the edge understands.",
   [403] = "This is not served here.",
   [408] = "The request came too slowly.",
   [413] = "The request is larger than the edge takes.",

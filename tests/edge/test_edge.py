@@ -495,6 +495,17 @@ def test_old_tls_is_refused_and_the_server_does_not_say_its_version(secure: Secu
     assert secure.http("GET", "/nothing")[1]["server"] == "nginx"
 
 
+@pytest.mark.parametrize("line", ["GET /../x", "GET /%zz", "GET /a%00b", "OPTIONS *", "get /", "GET x", "\0"])
+def test_what_is_no_request_is_refused(secure: Secure, line: str) -> None:
+    with socket.create_connection((HOST, secure.port), 10) as plain:
+        asking = secure.tls.wrap_socket(plain, server_hostname=HOST)
+        asking.sendall(f"{line} HTTP/1.1\r\nHost: edge\r\nConnection: close\r\n\r\n".encode())
+        response = http.client.HTTPResponse(asking)
+        response.begin()
+        assert response.status == http.HTTPStatus.BAD_REQUEST
+        assert json.loads(response.read()) == {"error": "This is no request that the edge understands."}
+
+
 def test_slow_requests_are_dropped(secure: Secure) -> None:
     head = b"POST /v2/models/animate/infer HTTP/1.1\r\nHost: edge\r\n"
     body = head + f"Authorization: Bearer {KEYS['acme']}\r\nContent-Length: 9000\r\n\r\n{{".encode()
