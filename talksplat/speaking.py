@@ -7,6 +7,7 @@ frames more on either side than they answer for, so that pieces join without a s
 from __future__ import annotations
 
 import hashlib
+import threading
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -57,7 +58,7 @@ class Piece(NamedTuple):
 
 
 class Speaker:
-    """Text in, speech out. For one thread at a time.
+    """Text in, speech out; from several threads, as far as `networks` and `phonemise` allow it.
 
     Args:
         networks: of the voice.
@@ -78,6 +79,7 @@ class Speaker:
         self._replies = {spoken(text): ipa for text, ipa in replies.items()}
         self._phonemise = phonemise
         self._kept: OrderedDict[str, Array] = OrderedDict()  # text -> PRIOR
+        self._lock = threading.Lock()  # of what is kept
 
     def __call__(self, text: str, start: int) -> Piece:
         """The speech of ``text`` from its sample ``start`` on. The same text always sounds the same.
@@ -97,11 +99,23 @@ class Speaker:
         audio = resample(source)[start - first * PERIOD_OUT : end - first * PERIOD_OUT]
         return Piece(np.clip(audio, -1.0, 1.0), samples)
 
+    def asks_phonemiser(self, text: str) -> bool:
+        """Whether `__call__` would ask it, and may take long: this text is neither prepared nor was it said just now.
+
+        Raises:
+            RequestError: there is no word in the text, or it is too long.
+        """
+        with self._lock:
+            if text in self._kept:
+                return False
+        return _words(text) not in self._replies
+
     def _prior(self, text: str) -> Array:  # [1, CHANNELS, F]
         """What the flow is run from, for the whole sentence."""
-        if text in self._kept:
-            self._kept.move_to_end(text)
-            return self._kept[text]
+        with self._lock:
+            if text in self._kept:
+                self._kept.move_to_end(text)
+                return self._kept[text]
         ids = tokens(self.ipa(text), self._symbols)
         seed = hashlib.sha256(np.array(ids, "<i8").tobytes()).digest()
         draw = np.random.default_rng(int.from_bytes(seed, "little"))
@@ -113,9 +127,10 @@ class Speaker:
             raise RequestError(f"TEXT takes {seconds:.0f} s to say, expected {MAX_UTTERANCE_SECONDS} s at most.")
         means, deviations = (np.repeat(each, frames, axis=2) for each in (means, deviations))
         prior: Array = means + deviations * draw.standard_normal(means.shape, np.float32)
-        self._kept[text] = prior
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+        with self._lock:
+            self._kept[text] = prior
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
         return prior
 
     def ipa(self, text: str) -> str:
@@ -124,11 +139,7 @@ class Speaker:
         Raises:
             RequestError: see `__call__`.
         """
-        if len(text) > MAX_CHARACTERS:
-            raise RequestError(f"TEXT has {len(text)} characters, expected {MAX_CHARACTERS} at most: a sentence.")
-        words = spoken(text)
-        if not words:
-            raise RequestError("TEXT has neither letter nor digit, expected a sentence.")
+        words = _words(text)
         if words in self._replies:
             return self._replies[words]
         try:
@@ -148,6 +159,16 @@ class Speaker:
         latent = np.pad(latent, ((0, 0), (0, 0), (left - (first - CONTEXT), last + CONTEXT - right)))
         audio: npt.NDArray[np.float32] = self._networks.decoder(latent)[0]
         return audio[begin - first * HOP : end - first * HOP]
+
+
+def _words(text: str) -> str:
+    """As `spoken`; raises RequestError where there is no word, or too much text for a sentence."""
+    if len(text) > MAX_CHARACTERS:
+        raise RequestError(f"TEXT has {len(text)} characters, expected {MAX_CHARACTERS} at most: a sentence.")
+    words = spoken(text)
+    if not words:
+        raise RequestError("TEXT has neither letter nor digit, expected a sentence.")
+    return words
 
 
 def tokens(ipa: str, symbols: Mapping[str, int]) -> list[int]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import tritonclient.grpc as triton
@@ -15,6 +17,7 @@ from talksplat.bench._report import Row, report
 from talksplat.clock import SAMPLE_RATE
 from talksplat.server import ROOT, Ports, Server
 
+_TOGETHER = (1, 2, 4)  # sentences
 _REPLIES = ROOT / "model_repository" / "tts" / "1" / "replies.json"
 
 
@@ -49,8 +52,35 @@ def run(arguments: argparse.Namespace) -> int:
                     "real_time_factor": whole / 1e3 / seconds,
                 }
             )
-    report("tts, one thread", rows, arguments.json)
+        longest = sorted(replies, key=len)[-max(_TOGETHER) :]
+        crowds = [_together(server.grpc_url, longest[-count:], arguments.repeats) for count in _TOGETHER]
+    report("tts, one sentence at a time", rows, arguments.json, {"sentences that begin together": crowds})
     return 0
+
+
+def _together(url: str, texts: Sequence[str], repeats: int) -> Row:
+    """Each text is asked for by a client of its own, all at once, and again when all have it whole."""
+    begin = threading.Barrier(len(texts))
+
+    def speak(text: str) -> tuple[list[float], list[float]]:
+        firsts, wholes = [], []
+        with triton.InferenceServerClient(url) as client:
+            for repeat in range(repeats):
+                begin.wait()
+                pieces = [milliseconds for milliseconds, _ in _pieces(client, text + "\t" * (repeat + 1))]
+                firsts.append(pieces[0])
+                wholes.append(sum(pieces))
+        return firsts, wholes
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        every = list(pool.map(speak, texts))
+    firsts, wholes = (np.concatenate(each) for each in zip(*every, strict=True))
+    return {
+        "sentences": len(texts),
+        "first_piece_ms_p50": float(np.median(firsts)),
+        "first_piece_ms_p95": float(np.quantile(firsts, 0.95)),
+        "whole_ms_p50": float(np.median(wholes)),
+    }
 
 
 def _pieces(client: triton.InferenceServerClient, text: str) -> Iterator[tuple[float, int]]:

@@ -7,12 +7,14 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pytest
 import soxr
 import tritonclient.grpc as triton
@@ -174,6 +176,17 @@ def test_phonemes_that_the_voice_does_not_know_are_left_out_and_their_number_is_
         speaking.tokens("a" * MAX_TOKENS, SYMBOLS)
 
 
+def test_only_what_is_new_asks_the_phonemiser(networks: speaking.Networks) -> None:
+    asked: list[str] = []
+    speaker = Speaker(networks, SYMBOLS, REPLIES, lambda text: asked.append(text) or "aba")  # type: ignore[func-returns-value]
+    for text, asks in ((SENTENCE, False), ("Something else.", True), ("Something else.", False)):
+        assert speaker.asks_phonemiser(text) is asks
+        speaker(text, 0)
+    assert asked == ["Something else."]
+    with pytest.raises(RequestError, match="neither letter nor digit"):  # at once, and not when the phonemiser is free
+        speaker.asks_phonemiser("...")
+
+
 def test_a_sentence_that_would_take_too_long_is_refused(networks: speaking.Networks) -> None:
     def slow(tokens: Any, noise: Any) -> Any:
         means, deviations, durations = networks.encoder(tokens, noise)
@@ -273,6 +286,24 @@ def test_the_server_says_the_same_as_the_library(ask: Callable[[bytes, int], Any
         audio = result.as_numpy("AUDIO")
         assert result.as_numpy("SAMPLES").tolist() == [len(said)]
         np.testing.assert_allclose(audio, said[start : start + len(audio)], atol=1e-5)
+
+
+@needs_espeak
+def test_prepared_replies_do_not_wait_for_a_phonemiser_that_hangs(
+    server: Server, ask: Callable[[bytes, int], Any]
+) -> None:
+    ask(b"It runs.", 0)
+    children = psutil.Process(server.pid).children(recursive=True)
+    [espeak] = [child for child in children if "_espeak.py" in " ".join(child.cmdline())]
+    espeak.suspend()
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(ask, text, 0) for text in (b"It hangs.", b"It still hangs.")]
+        for start in (0, FIRST_PIECE):
+            assert len(ask(SENTENCE.encode(), start).as_numpy("AUDIO"))
+        assert ask(b"It runs.", FIRST_PIECE).as_numpy("SAMPLES")
+        assert not any(each.done() for each in waiting)
+        espeak.resume()
+        assert all(len(each.result(10).as_numpy("AUDIO")) for each in waiting)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ from talksplat import speaking
 from talksplat.framing import RequestError
 from talksplat.log import Fields
 from talksplat.phonemiser import Espeak, PhonemiserError
+from talksplat.schedule import DeadlineError
 from talksplat.triton import Failures, array, ask, response
 
 _log = logging.getLogger("tts")
 
 
 class TritonPythonModel:
-    """See config.pbtxt."""
+    """See config.pbtxt.
+
+    What the phonemiser is needed for is answered by a thread of its own: while it hangs, all else is said.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the networks, or leave them to Triton; start the phonemiser, if it is installed.
@@ -50,19 +55,38 @@ class TritonPythonModel:
         with contextlib.suppress(PhonemiserError):  # prepared replies can be said; whoever wants more is told why not
             self.espeak.start()
         self.speak = speaking.Speaker(networks, symbols, replies, lambda text: " ".join(self.espeak.ipa(text)))
+        self.phonemising = ThreadPoolExecutor(1, thread_name_prefix="phonemise")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request, one after the other."""
-        return [self._respond(request) for request in requests]
+        """One response a request, one after the other; None for one that is answered later, by its sender."""
+        return [self._take_up(request) for request in requests]
 
     def finalize(self) -> None:
         """End the phonemiser."""
+        self.phonemising.shutdown()
         self.espeak.close()
 
-    def _respond(self, request: Any) -> Any:
+    def _take_up(self, request: Any) -> Any:
         began = time.monotonic()
         try:
-            piece = self.speak(_text(array(request, "TEXT")[0]), int(array(request, "START")[0]))
+            text, start = _text(array(request, "TEXT")[0]), int(array(request, "START")[0])
+            if self.speak.asks_phonemiser(text):
+                self.phonemising.submit(self._send, request, request.get_response_sender(), text, start, began)
+                return None
+        except Exception as error:
+            return self.failures.answer(request, error)
+        return self._respond(request, text, start, began)
+
+    def _send(self, request: Any, sender: Any, text: str, start: int, began: float) -> None:
+        if sender.is_cancelled():
+            answer = self.failures.answer(request, DeadlineError("nobody waits for it any more"))
+        else:
+            answer = self._respond(request, text, start, began)
+        sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _respond(self, request: Any, text: str, start: int, began: float) -> Any:
+        try:
+            piece = self.speak(text, start)
         except Exception as error:
             return self.failures.answer(request, error)
         # that it was done, but never what was said
