@@ -17,6 +17,8 @@ from talksplat.log import Fields
 from talksplat.metrics import Page, reason
 from talksplat.tenants import Tenants, TenantsFile
 
+_log = logging.getLogger(__name__)
+
 
 def array(request: Any, name: str) -> Any:
     """The input ``name`` as an array, which is gone when the request is answered.
@@ -134,6 +136,16 @@ def ask(
 def response(**outputs: Any) -> Any:
     """A response with these arrays."""
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, output) for name, output in outputs.items()])
+
+
+def send(sender: Any, answer: Any) -> None:
+    """Answer, once; where the answer can't be handed over, as without shared memory for it, say at least that."""
+    final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+    try:
+        sender.send(answer, flags=final)
+    except Exception as error:
+        _log.exception("a response could not be sent")
+        sender.send(failure(error), flags=final)
 
 
 # of pb_utils.TritonError, which is not there yet when this is imported

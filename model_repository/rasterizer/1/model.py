@@ -22,7 +22,7 @@ from talksplat.drawing import Drawer, GatheringDrawer
 from talksplat.framing import RequestError
 from talksplat.log import SLOW_MS, Fields
 from talksplat.metrics import RESTARTS_VARIABLE, Page, Publisher
-from talksplat.triton import Caller, Door, array, avatar_ids, failure, log_failure, parameters, response
+from talksplat.triton import Caller, Door, array, avatar_ids, failure, log_failure, parameters, response, send
 
 OPERATING_THREADS = 2  # run preload, unload and list: who asks for a third one waits, but nobody who wants frames
 
@@ -91,21 +91,21 @@ class TritonPythonModel:
     ) -> None:
         """Answer a request when its future ends, whichever way."""
 
-        def send(done: Future[Any]) -> None:
+        def finish(done: Future[Any]) -> None:
             try:
                 answer = response(**outputs(done.result()))
             except BaseException as error:
                 self._fail(ticket, error)
             else:
-                _send(ticket.sender, answer)
+                send(ticket.sender, answer)
                 _log_answer(ticket, event)
 
-        future.add_done_callback(send)
+        future.add_done_callback(finish)
 
     def _fail(self, ticket: _Ticket, error: BaseException) -> None:
         self.metrics.refused(error)
         log_failure(_log, error, Fields(**ticket.told, age_ms=1e3 * (time.monotonic() - ticket.arrived)))
-        _send(ticket.sender, failure(error))
+        send(ticket.sender, failure(error))
 
     def _operation(self, request: Any, name: object) -> Callable[[Caller, str], dict[str, Any]]:
         if name not in self.operations:
@@ -177,16 +177,6 @@ def _log_answer(ticket: _Ticket, event: str) -> None:
         _log.warning("slow", extra=Fields(**ticket.told, age_ms=age_ms))
     else:
         _log.debug(event, extra=Fields(**ticket.told, age_ms=age_ms))
-
-
-def _send(sender: Any, answer: Any) -> None:
-    """Answer, once; where the answer can't be handed over, as without shared memory for it, say at least that."""
-    final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-    try:
-        sender.send(answer, flags=final)
-    except Exception as error:
-        _log.exception("a response could not be sent")
-        sender.send(failure(error), flags=final)
 
 
 def _frames(results: list[list[bytes] | Exception]) -> dict[str, Any]:

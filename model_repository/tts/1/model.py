@@ -19,7 +19,7 @@ from talksplat.framing import RequestError
 from talksplat.log import Fields
 from talksplat.phonemiser import Espeak, PhonemiserError
 from talksplat.schedule import DeadlineError
-from talksplat.triton import Failures, array, ask, response
+from talksplat.triton import Failures, array, ask, response, send
 
 _log = logging.getLogger("tts")
 
@@ -82,7 +82,7 @@ class TritonPythonModel:
             answer = self.failures.answer(request, DeadlineError("nobody waits for it any more"))
         else:
             answer = self._respond(request, text, start, began)
-        sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        send(sender, answer)
 
     def _respond(self, request: Any, text: str, start: int, began: float) -> Any:
         try:
