@@ -2,8 +2,8 @@
 
 A page's blocks of ``sh`` are one script, run in a folder that looks like the checkout, against the real server. Its
 blocks of ``text`` are what that script prints, with other numbers; those of ``text quoted`` are what sources say, see
-test_messages.py. Blocks of ``python`` are programs, run there too, and those of ``python excerpt`` are lines of one of
-client/examples.
+test_messages.py. Blocks of ``python`` are programs, run there after the script, whose files they may read (those of the
+README are sketches). Those of ``python excerpt`` are lines of one of client/examples.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from talksplat import edge
 from talksplat.server import HOST, ROOT, Ports, Server
 from talksplat_client import cli as client_cli
 
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+README = ROOT / "README.md"
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), README]
 PATIENCE = 100  # seconds, for all of a page
 VENV = ".venv/bin/"
 GRPC, HTTP, SECURE = "127.0.0.1:8001", "127.0.0.1:8000", "127.0.0.1:8443"  # what the docs call the servers
@@ -326,7 +327,7 @@ RUN = [page for page in map(Page, PAGES) if page.of_kind("sh") or page.of_kind("
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.path.stem)
-def test_the_commands_of_a_page_do_what_it_says(page: Page, checkout: Checkout) -> None:
+def test_the_commands_and_programs_of_a_page_do_what_it_says(page: Page, checkout: Checkout) -> None:
     commands = [each for block in page.of_kind("sh") for each in block.commands if not_run(each) is None]
     if any(SECURE in each for each in commands):
         try:
@@ -341,6 +342,9 @@ def test_the_commands_of_a_page_do_what_it_says(page: Page, checkout: Checkout) 
             words = (re.sub(r"\d+(\\?\.\d+)*", r"[\\d.]+", re.escape(word)) for word in line.split())
             pattern = r"\s+".join(words)
             assert re.search(rf"^\s*{pattern}\s*$", printed, re.MULTILINE), f"{line}\nis not in:\n{printed}"
+    if page.path != README:
+        for block in page.of_kind("python"):
+            checkout.run([sys.executable, "-c"], block.text)
 
 
 KINDS = [("sh",), ("python",), ("python", "excerpt"), ("text",), ("text", "quoted")]
@@ -349,7 +353,7 @@ KINDS = [("sh",), ("python",), ("python", "excerpt"), ("text",), ("text", "quote
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_no_block_escapes_the_tests(page: Path) -> None:
     others = {block.kind for block in Page(page).blocks} - set(KINDS)
-    assert others <= ({()} if page.name == "README.md" else set())  # where the README draws with letters
+    assert others <= ({()} if page == README else set())  # where the README draws with letters
 
 
 EXAMPLES = [path.read_text() for path in sorted((ROOT / "client" / "examples").glob("*.py"))]
@@ -365,16 +369,3 @@ def test_an_excerpt_is_of_an_example(excerpt: str) -> None:
     """Those are run by tests/integrations."""
     lines = [line.strip() for line in excerpt.splitlines() if line.strip() not in ("", "...")]
     assert any(set(lines) <= {line.strip() for line in example.splitlines()} for example in EXAMPLES)
-
-
-PROGRAMS = [
-    pytest.param(block.text, id=f"{page.path.stem}-{block.line}")
-    for page in RUN
-    if page.path.parent == ROOT / "docs"
-    for block in page.of_kind("python")
-]
-
-
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_runs(program: str, checkout: Checkout) -> None:
-    checkout.run([sys.executable, "-c"], program)
