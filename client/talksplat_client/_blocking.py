@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -68,9 +69,13 @@ class Client:
 
     def close(self) -> None:
         """Cancel all streams and close the connections: what else is under way, or asked then, is a TalksplatError."""
-        for stream in list(self._streams):
+        streams = list(self._streams)
+        for stream in streams:
             stream.cancel()
         self._transport.close()
+        expires = time.monotonic() + REST_SECONDS
+        for stream in streams:  # Python aborts if it exits while a thread resamples in C++
+            stream._feeder.rest(expires - time.monotonic())
 
     def clock(self) -> Clock:
         """Sample rate, frame rate and windows of the server; asked for once.
@@ -333,7 +338,7 @@ class Stream(Iterator[Frame]):
         more is taken from it, unless it has been blocking for longer than 0.1 s.
         """
         if self._feeder.stopped:
-            self._feeder.rest()
+            self._feeder.rest(REST_SECONDS)
         return self._core.state()
 
     @property
@@ -434,9 +439,10 @@ class _Feeder:
         for _, call in calls:
             call.cancel()
 
-    def rest(self) -> None:
+    def rest(self, seconds: float) -> None:
         """Wait, but not for long, until no packet is being taken any more."""
-        self._thread.join(REST_SECONDS)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(seconds)
 
     def _run(self) -> None:
         try:
