@@ -264,6 +264,8 @@ class Animator:
                     room = self._plates.max_bytes // (avatar.width * avatar.height * 3)
                     for index in range(min(room, len(avatar.plates))):
                         self._plate(loaded, index, *size)
+                else:
+                    size = (avatar.width // 8, avatar.height // 8)  # as good as a large one, and sooner there
                 self._picture(_Frame(loaded, None, STILL, Pose(0, 0), size, Options()))
                 loaded.warm = True
         return {

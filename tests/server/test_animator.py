@@ -163,6 +163,7 @@ def test_decoded_plates_stay_within_their_budget(root: Path) -> None:
 
 def test_preloading_loads_warms_and_notices_a_new_version(animator: Animator, root: Path) -> None:
     assert not animator.preload("red")["cached"]
+    assert animator.catalogue()["plate_bytes"] == 8 * 8 * 3  # a small frame is enough
     assert animator.preload("red")["cached"]
     write_avatar(root, "red", size=32)
     report = animator.preload("red")
