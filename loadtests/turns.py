@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 
-from talksplat import asr, clock
+from talksplat import asr, clock, nets
 from talksplat.bench._report import Row, commit, report
 from talksplat.bench._server import serving
 from talksplat.server import ROOT
@@ -42,6 +42,7 @@ from talksplat_client.converse import Interrupted, Moment, Turn, TurnEnded, conv
 Samples = npt.NDArray[np.float32]
 
 AVATAR = "ava"
+REPOSITORY = ROOT / "model_repository"
 UTTERANCES = 100  # said in real time
 CURVE_UTTERANCES = 200  # of which the former are the first
 TUNED_ON = 240  # utterances, on which the values of conversation.json were chosen: they are left out here
@@ -174,20 +175,21 @@ async def converse_with(url: str, clips: Sequence[tuple[str, Samples]], kept: Pa
 class Offline:
     """A recording whose frames were looked at once, as a client looks at them: nothing that comes later is known."""
 
-    def __init__(self, samples: Samples, networks: asr.Networks, transcribe: Callable[[Samples], str]) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        detect: Callable[[Samples], Samples],  # windows -> `LATEST` of the model `vad`
+        transcribe: Callable[[Samples], str],
+    ) -> None:
         self.begin, self.end = (each / RATE for each in spoken(samples))
         self._samples = np.concatenate([noise(LEAD_SECONDS), samples, noise(TAIL_SECONDS)])
         self.begin += LEAD_SECONDS
         self.end += LEAD_SECONDS
         self._transcribe = transcribe
         self._texts: dict[int, str] = {}  # by the frame of silence up to which it was said
-        before = clock.LEFT_CONTEXT + clock.CHUNK_SAMPLES
-        padded = np.pad(self._samples, (before, 0))
-        ends = range(FRAME, len(self._samples) + 1, FRAME)
-        windows = np.stack([np.pad(padded[end : end + before], (0, clock.LOOK_AHEAD)) for end in ends])
-        self.speech = np.concatenate(
-            [networks.vad(part)[:, -1] for part in np.array_split(windows, len(windows) // 64 + 1)]
-        )
+        padded = np.pad(self._samples, (clock.WINDOW, 0))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, clock.WINDOW)[FRAME::FRAME]
+        self.speech = np.concatenate([detect(part)[:, -1] for part in np.array_split(windows, len(windows) // 64 + 1)])
 
     def text(self, frame: int) -> str:
         """What is recognised of all up to there."""
@@ -198,7 +200,7 @@ class Offline:
 
     def ends(self, settings: EndOfSpeech) -> Iterator[float]:
         """When turns end, in seconds."""
-        turns, asked = Turns(settings, FPS), None
+        turns, asked = Turns(settings, FPS, clock.MAX_UTTERANCE_SECONDS), None
         for frame, probability in enumerate(self.speech.tolist(), 1):
             event = turns.push(probability)
             asked = frame if event == "recognise" else None if event == "resume" else asked
@@ -312,9 +314,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, began = Console(stderr=True), time.monotonic()
     curves: list[Row] = []
     if not options.no_curve:
-        networks = asr.in_process(ROOT / "model_repository")
+        detector = nets.session(REPOSITORY / "vad/1/model.onnx", threads=1)
         transcribe = asr.Transcriber(
-            networks, asr.Tokenizer((ROOT / "model_repository/asr/1/tokenizer.bin").read_bytes())
+            asr.in_process(REPOSITORY), asr.Tokenizer((REPOSITORY / "asr/1/tokenizer.bin").read_bytes())
         )
         read = sorted((options.recordings / "speech/eval/lj").glob("*.flac"))[:READ_CLIPS]
         sets = {
@@ -323,7 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         for name, paths in sets.items():
             offline = [
-                Offline(samples, networks, transcribe) for _, samples in track(load(paths), name, console=console)
+                Offline(samples, lambda windows: detector.run(["LATEST"], {"AUDIO": windows})[0], transcribe)
+                for _, samples in track(load(paths), name, console=console)
             ]
             curves += curve(name, offline, EndOfSpeech.load())
     with serving(AVATAR) as server:

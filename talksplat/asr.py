@@ -173,7 +173,7 @@ def in_process(
         return logits, present
 
     networks = Networks(
-        vad=lambda windows: vad.run(None, {"AUDIO": windows})[0],
+        vad=lambda windows: vad.run(["SPEECH"], {"AUDIO": windows})[0],
         encoder=lambda audio: encoder.run(["CROSS_KV"], {"AUDIO": audio})[0],
         decoder=step,
     )

@@ -218,7 +218,7 @@ class AsyncClient:
             yield piece
 
     async def _detect(self, audio: Samples, end: int) -> list[float]:
-        """For each frame of a window's chunk, the probability of speech; ``end`` is the frame after it."""
+        """For each of a window's last frames, as many as a chunk has, the probability of speech."""
         request = protocol.detect(audio, end, self._latest)
         return protocol.probabilities(await self._infer(request, self._timeout.chunk).result())
 

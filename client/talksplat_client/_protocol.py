@@ -103,11 +103,11 @@ def synthesize(
 
 def detect(
     audio: Samples,  # [WINDOW]
-    end: int,  # frame that comes after its chunk
+    end: int,  # frame that comes after it
     stream: str,  # id
 ) -> Request:
-    """Which frames of a window's chunk are speech."""
-    return _infer("vad", [_floats("AUDIO", audio[None])], ["SPEECH"], {}, f"{stream}-vad-{end}")
+    """Which of a window's last frames are speech."""
+    return _infer("vad", [_floats("AUDIO", audio[None])], ["LATEST"], {}, f"{stream}-vad-{end}")
 
 
 def operation(name: str, avatar: str, stream: str) -> Request:
@@ -148,8 +148,8 @@ def speech(response: Response) -> tuple[Samples, int]:
 
 
 def probabilities(response: Response) -> list[float]:
-    """Of speech, one a frame of the chunk, in an answer to `detect`."""
-    return _floats_of(response, "SPEECH")
+    """Of speech, one a frame, in an answer to `detect`."""
+    return _floats_of(response, "LATEST")
 
 
 def utterance(response: Response, first: int, count: int, state: StreamState) -> Utterance:

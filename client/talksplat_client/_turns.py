@@ -56,45 +56,55 @@ class Turns:
     was not all; ``end``: the turn is over.
     """
 
-    def __init__(self, settings: EndOfSpeech, fps: int) -> None:
+    def __init__(
+        self,
+        settings: EndOfSpeech,
+        fps: int,
+        longest: float,  # seconds after which a turn ends whatever is heard, once its text is known
+    ) -> None:
         self._settings, self._fps = settings, fps
+        self._longest = self._frames(longest)
         self._speech = 0  # frames of it in a row
         self._silence = 0  # frames of it since the last speech
+        self._lasted = 0  # frames of the turn, since it began
         self._text: str | None = None  # that was recognised since the last speech
         self.in_turn = False  # somebody speaks, or may go on
 
     def push(self, probability: float) -> TurnEvent | None:
         """The next frame."""
-        if probability > self._settings.speech:
-            resumes = self.in_turn and self._silence >= self._frames(self._settings.recognise_seconds)
-            self._speech += 1
-            self._silence = 0
-            self._text = None
-            if self.in_turn:
-                return "resume" if resumes else None
-            self.in_turn = self._speech >= self._frames(self._settings.begin_seconds)
-            return "begin" if self.in_turn else None
-        self._speech = 0
+        speaks = probability > self._settings.speech
+        self._speech = self._speech + 1 if speaks else 0
         if not self.in_turn:
-            return None
-        self._silence += 1
-        if self._silence == self._frames(self._settings.recognise_seconds):
+            self.in_turn = speaks and self._speech >= self._frames(self._settings.begin_seconds)
+            return "begin" if self.in_turn else None
+        if self._lasted >= self._longest:
+            return None  # all that matters is its text
+        recognise = self._frames(self._settings.recognise_seconds)
+        resumes = speaks and self._silence >= recognise
+        self._lasted += 1
+        self._silence = 0 if speaks else self._silence + 1
+        if speaks:
+            self._text = None
+        if self._silence == recognise or (self._silence < recognise and self._lasted >= self._longest):
             return "recognise"
-        return self._decide()
+        return "resume" if resumes else self._decide()
 
     def recognised(self, text: str) -> TurnEvent | None:
-        """What was said up to the silence that lasts."""
-        if not self.in_turn or not self._silence:
+        """What was said up to the silence that lasts, or up to the turn's greatest length."""
+        if not self.in_turn or not (self._silence or self._lasted >= self._longest):
             return None
         self._text = text.strip()
         return self._decide()
 
     def _decide(self) -> TurnEvent | None:
-        if self._text is None or self._silence < self._frames(self._settings.silence_seconds(self._text)):
+        if self._text is None:
+            return None
+        silence = self._frames(self._settings.silence_seconds(self._text))
+        if self._silence < silence and self._lasted < self._longest:
             return None
         self.in_turn = False
         self._text = None
-        self._silence = 0
+        self._silence = self._lasted = 0
         return "end"
 
     def _frames(self, seconds: float) -> int:

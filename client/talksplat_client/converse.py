@@ -288,7 +288,7 @@ class _Conversation:
         self._client, self._clock, self._track, self._live = client, clock, track, live
         self._respond, self._speak = respond, speak
         self._settings = EndOfSpeech.load()
-        self._turns = Turns(self._settings, clock.fps)
+        self._turns = Turns(self._settings, clock.fps, clock.max_utterance_seconds)
         self._messages: list[Message] = []
         self._guess: _Answer | None = None  # to what may be all that the person says
         self._answer: _Answer | None = None  # that is wanted, and not out yet
@@ -335,14 +335,13 @@ class _Conversation:
     async def _attend(self) -> None:
         """Find out which frames are speech, as they come, up to a chunk at a time."""
         clock, track, seen = self._clock, self._track, 0  # samples
-        before = clock.left_context + clock.chunk
+        window = clock.left_context + clock.chunk + clock.look_ahead
         while True:
             heard = min(track.ready, track.end)
             frames = min(clock.chunk_frames, int(heard - seen) // clock.samples_per_frame)
             if frames:
                 end = seen + frames * clock.samples_per_frame
-                sound = track.read(end - before, end + clock.look_ahead)
-                sound[before:] = 0  # what comes later is not known, even if it is here: packets may be long
+                sound = track.read(end - window, end)
                 for probability in (await self._client._detect(sound, end // clock.samples_per_frame))[-frames:]:
                     seen += clock.samples_per_frame
                     if probability > self._settings.speech:
@@ -351,7 +350,7 @@ class _Conversation:
                 if not self._turns.in_turn:
                     run_in = self._settings.run_in_seconds + self._settings.begin_seconds
                     self._begin = max(0, seen - round(run_in * clock.sample_rate))
-                track.forget(min(self._begin, seen - before))
+                track.forget(min(self._begin, seen - window))
             elif heard < track.ready:
                 return  # the audio has ended
             else:
@@ -392,7 +391,7 @@ class _Conversation:
         answer.do(self._live.finish)
         answer.do(partial(self._live.mark, _Spoken(answer)))
         if answer.text is None and answer is self._guess:  # nobody will know what was said
-            self._turns = Turns(self._settings, self._clock.fps)
+            self._turns = Turns(self._settings, self._clock.fps, self._clock.max_utterance_seconds)
             self._end_turn()
 
     async def _reply(self, answer: _Answer, messages: Sequence[Message]) -> None:

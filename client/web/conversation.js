@@ -77,7 +77,7 @@ export class Conversation {
     this.#settings = settings;
     this.#responder = responder;
     this.#tell = tell;
-    this.#turns = new Turns(settings, clock.fps);
+    this.#turns = new Turns(settings, clock.fps, clock.maxUtteranceSeconds);
   }
 
   /** End it. */
@@ -111,7 +111,7 @@ export class Conversation {
   /** The microphone is off: what was begun is over. */
   deafen() {
     this.#drop();
-    this.#turns = new Turns(this.#settings, this.#clock.fps);
+    this.#turns = new Turns(this.#settings, this.#clock.fps, this.#clock.maxUtteranceSeconds);
     this.#seen = this.#tape.end;
     this.#stream.listening = 0;
     if (this.#state === "listening") this.#become("idle");
@@ -157,14 +157,13 @@ export class Conversation {
 
   /** Look at what was heard and not looked at, up to a chunk at a time. */
   async #attend() {
-    const { samplesPerFrame, chunk, chunkFrames, leftContext, window } = this.#clock;
+    const { samplesPerFrame, chunk, chunkFrames, window } = this.#clock;
     while (this.#tape.end - this.#seen >= samplesPerFrame && !this.#closed.signal.aborted) {
       this.#seen = Math.max(this.#seen, this.#tape.end - BACKLOG_CHUNKS * chunk);
-      this.#tape.forget(Math.min(this.#seen - chunk - leftContext, this.#turns.inTurn ? this.#turnBegin : this.#seen));
+      this.#tape.forget(Math.min(this.#seen - window, this.#turns.inTurn ? this.#turnBegin : this.#seen));
       const frames = Math.min(chunkFrames, Math.floor((this.#tape.end - this.#seen) / samplesPerFrame));
       const end = this.#seen + frames * samplesPerFrame;
-      const sound = new Float32Array(window);
-      sound.set(this.#tape.read(end - chunk - leftContext, end));
+      const sound = this.#tape.read(end - window, end);
       const turns = this.#turns;
       const probabilities = await detectSpeech(this.#triton, sound, this.#closed.signal);
       if (turns !== this.#turns) continue; // deafened meanwhile

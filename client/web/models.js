@@ -41,12 +41,12 @@ async function operation(triton, name, avatar) {
 /**
  * Probability of speech in each of the latest frames.
  * @param {Triton} triton
- * @param {Float32Array} window whose chunk ends now; its look-ahead is silence
+ * @param {Float32Array} window that ends now
  * @param {AbortSignal} signal
  */
 export async function detectSpeech(triton, window, signal) {
-  const request = { what: "vad", inputs: [floats("AUDIO", window, [1, window.length])], outputs: ["SPEECH"] };
-  return (await triton.infer("vad", request, { ...PROMPT, signal })).floats("SPEECH");
+  const request = { what: "vad", inputs: [floats("AUDIO", window, [1, window.length])], outputs: ["LATEST"] };
+  return (await triton.infer("vad", request, { ...PROMPT, signal })).floats("LATEST");
 }
 
 /**

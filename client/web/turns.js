@@ -14,8 +14,10 @@ export class Turns {
   #settings;
   #unfinished;
   #frames; // of so many seconds
+  #longest; // frames
   #speech = 0; // frames of it in a row
   #silence = 0; // frames of it since the last speech
+  #lasted = 0; // frames of the turn, since it began
   inTurn = false; // somebody speaks, or may go on
   /** @type {string | null} what was recognised since the last speech */
   #text = null;
@@ -23,11 +25,13 @@ export class Turns {
   /**
    * @param {EndOfSpeech} settings
    * @param {number} fps
+   * @param {number} longest seconds after which a turn ends whatever is heard, once its text is known
    */
-  constructor(settings, fps) {
+  constructor(settings, fps, longest) {
     this.#settings = settings;
     this.#unfinished = new RegExp(settings.unfinished, "i");
     this.#frames = (/** @type {number} */ seconds) => Math.round(seconds * fps);
+    this.#longest = this.#frames(longest);
   }
 
   /**
@@ -36,30 +40,29 @@ export class Turns {
    * @returns {TurnEvent | null} what it means; `resume`: what was recognised was not all
    */
   push(probability) {
-    const settings = this.#settings;
-    if (probability > settings.speech) {
-      const resumes = this.inTurn && this.#silence >= this.#frames(settings.recognise_seconds);
-      this.#speech++;
-      this.#silence = 0;
-      this.#text = null;
-      if (this.inTurn) return resumes ? "resume" : null;
-      this.inTurn = this.#speech >= this.#frames(settings.begin_seconds);
+    const speaks = probability > this.#settings.speech;
+    this.#speech = speaks ? this.#speech + 1 : 0;
+    if (!this.inTurn) {
+      this.inTurn = speaks && this.#speech >= this.#frames(this.#settings.begin_seconds);
       return this.inTurn ? "begin" : null;
     }
-    this.#speech = 0;
-    if (!this.inTurn) return null;
-    this.#silence++;
-    if (this.#silence === this.#frames(settings.recognise_seconds)) return "recognise";
-    return this.#decide();
+    if (this.#lasted >= this.#longest) return null; // all that matters is its text
+    const recognise = this.#frames(this.#settings.recognise_seconds);
+    const resumes = speaks && this.#silence >= recognise;
+    this.#lasted++;
+    this.#silence = speaks ? 0 : this.#silence + 1;
+    if (speaks) this.#text = null;
+    if (this.#silence === recognise || (this.#silence < recognise && this.#lasted >= this.#longest)) return "recognise";
+    return resumes ? "resume" : this.#decide();
   }
 
   /**
-   * What was said up to the silence that lasts.
+   * What was said up to the silence that lasts, or up to the turn's greatest length.
    * @param {string} text
    * @returns {TurnEvent | null}
    */
   recognised(text) {
-    if (!this.inTurn || !this.#silence) return null;
+    if (!this.inTurn || !(this.#silence || this.#lasted >= this.#longest)) return null;
     this.#text = text.trim();
     return this.#decide();
   }
@@ -69,10 +72,10 @@ export class Turns {
     if (this.#text === null) return null;
     const { finished_seconds, unfinished_seconds } = this.#settings;
     const seconds = this.#unfinished.test(this.#text) ? unfinished_seconds : finished_seconds;
-    if (this.#silence < this.#frames(seconds)) return null;
+    if (this.#silence < this.#frames(seconds) && this.#lasted < this.#longest) return null;
     this.inTurn = false;
     this.#text = null;
-    this.#silence = 0;
+    this.#silence = this.#lasted = 0;
     return "end";
   }
 }

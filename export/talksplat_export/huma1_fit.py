@@ -104,7 +104,7 @@ def hear(audios: Sequence[Float32], frames: int, advance: Callable[[int], object
             for start in range(0, chunks, HEAR_BATCH):
                 batch = torch.from_numpy(windows[start : start + HEAR_BATCH].copy())
                 hidden[version, start : start + HEAR_BATCH] = encoder(batch)[1].numpy()
-                probabilities.append(detector(batch))
+                probabilities.append(detector(batch)[0])
         speech[version] = torch.cat(probabilities).reshape(-1).numpy()[early : early + frames]
         advance(version + 1)
     return Heard(hidden, speech)

@@ -89,7 +89,7 @@ def _driven(windows: Float32, precision: Precision, repository: Path) -> tuple[F
     vad, encoder, deformation = (
         _session(name, precision, repository) for name in ("vad", "audio_encoder", "deformation")
     )
-    (speech,) = vad.run(None, {"AUDIO": windows})
+    (speech,) = vad.run(["SPEECH"], {"AUDIO": windows})
     (features,) = encoder.run(["FEATURES"], {"AUDIO": windows})
     adapter_in, adapter_out = (
         np.repeat(adapter[None], len(windows), 0) for adapter in avatar.read_adapter(ROOT / "avatars", AVATAR)
@@ -113,7 +113,7 @@ def _networks(precision: Precision, repository: Path) -> asr.Networks:
         return logits, present
 
     return asr.Networks(
-        vad=lambda windows: vad.run(None, {"AUDIO": windows})[0],
+        vad=lambda windows: vad.run(["SPEECH"], {"AUDIO": windows})[0],
         encoder=lambda audio: encoder.run(["CROSS_KV"], {"AUDIO": audio})[0],
         decoder=step,
     )

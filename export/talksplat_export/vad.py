@@ -35,12 +35,15 @@ _HOP, _HIDDEN = 128, 128
 _STRIDES = (1, 2, 2, 1)
 
 
+_REACH = len(SMOOTHING) // 2
+_CHUNK = LEFT_CONTEXT // SAMPLES_PER_FRAME - _REACH  # its first frame's, and of those before that smooth it
+_FRAMES = WINDOW // SAMPLES_PER_FRAME - _CHUNK  # from there to the window's end
+
+
 def frame_steps() -> list[range]:
-    """For each frame of the chunk, and two on either side, the steps whose new samples overlap it."""
-    reach = len(SMOOTHING) // 2
-    first = LEFT_CONTEXT // SAMPLES_PER_FRAME
+    """For each frame from two before the chunk to the window's end, the steps whose new samples overlap it."""
     ranges = []
-    for frame in range(first - reach, first + CHUNK_FRAMES + reach):
+    for frame in range(_CHUNK, _CHUNK + _FRAMES):
         begin = frame * SAMPLES_PER_FRAME - FIRST_STEP
         end = begin + SAMPLES_PER_FRAME
         ranges.append(range(begin // STEP, -(-end // STEP)))
@@ -48,10 +51,11 @@ def frame_steps() -> list[range]:
 
 
 class SileroVad(nn.Module):
-    """`AUDIO` [B, WINDOW] -> `SPEECH` [B, CHUNK_FRAMES], the probability of speech in each frame of the chunk.
+    """`AUDIO` [B, WINDOW] -> `SPEECH` and `LATEST`, [B, CHUNK_FRAMES]: probabilities of speech, one a frame.
 
-    A frame has the largest probability of the steps that overlap it, smoothed by a triangle over five frames,
-    so that the mouth opens and closes without a jump.
+    A frame has the largest probability of the steps that overlap it. `SPEECH` is of the chunk, smoothed by a triangle
+    over five frames, so that the mouth opens and closes without a jump. `LATEST` is of the window's last frames, as it
+    is: who waits for somebody to begin or to finish knows nothing of what follows, and smoothing would cost 40 ms.
     """
 
     overlapping: Tensor
@@ -76,7 +80,7 @@ class SileroVad(nn.Module):
     def forward(
         self,
         audio: Tensor,  # [B, WINDOW]
-    ) -> Tensor:  # [B, CHUNK_FRAMES]
+    ) -> tuple[Tensor, Tensor]:  # [B, CHUNK_FRAMES] each
         """See the class."""
         x = self._magnitudes(audio)
         for layer in self.encoder:
@@ -85,7 +89,8 @@ class SileroVad(nn.Module):
         probabilities = torch.sigmoid(self.output(F.relu(outputs))).squeeze(2)
         overlapping = probabilities.index_select(1, self.overlapping)
         frames = torch.maximum(overlapping[:, 0::2], overlapping[:, 1::2])
-        return F.conv1d(frames.unsqueeze(1), self.smoothing).squeeze(1)
+        chunk = frames[:, : CHUNK_FRAMES + 2 * _REACH].unsqueeze(1)
+        return F.conv1d(chunk, self.smoothing).squeeze(1), frames[:, -CHUNK_FRAMES:]
 
     def _magnitudes(
         self,
@@ -175,5 +180,5 @@ def detect(
     audio = audio[: chunks * CHUNK_SAMPLES]
     padded = np.pad(audio, (LEFT_CONTEXT, chunks * CHUNK_SAMPLES - len(audio) + LOOK_AHEAD))
     windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::CHUNK_SAMPLES]
-    found = [module(torch.from_numpy(windows[start : start + 32].copy())) for start in range(0, chunks, 32)]
+    found = [module(torch.from_numpy(windows[start : start + 32].copy()))[0] for start in range(0, chunks, 32)]
     return np.asarray(torch.cat(found).reshape(-1).numpy()[:frames])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from talksplat_client._turns import EndOfSpeech, Turns, conversation
 
-FPS = 25
+FPS, LONGEST = 25, 30
 SETTINGS = EndOfSpeech.load()
 SPEECH, SILENCE = 1.0, 0.0
 BEGIN, RECOGNISE, FINISHED, UNFINISHED = (
@@ -34,20 +34,20 @@ def told(turns: Turns, text: str, silence: int) -> tuple[list[str], int]:
 
 
 def test_a_finished_text_ends_its_turn_sooner_than_an_unfinished_one() -> None:
-    assert told(Turns(SETTINGS, FPS), "A small latte.", 100) == (["begin", "recognise", "end"], FINISHED)
-    assert told(Turns(SETTINGS, FPS), "Could you", 100) == (["begin", "recognise", "end"], UNFINISHED)
+    assert told(Turns(SETTINGS, FPS, LONGEST), "A small latte.", 100) == (["begin", "recognise", "end"], FINISHED)
+    assert told(Turns(SETTINGS, FPS, LONGEST), "Could you", 100) == (["begin", "recognise", "end"], UNFINISHED)
     assert FINISHED < UNFINISHED
 
 
 def test_a_turn_does_not_end_before_its_text_is_known() -> None:
-    turns = Turns(SETTINGS, FPS)
+    turns = Turns(SETTINGS, FPS, LONGEST)
     assert "end" not in [turns.push(p) for p in [SPEECH] * BEGIN + [SILENCE] * 200]
     assert turns.recognised("Hello.") == "end"
     assert not turns.in_turn
 
 
 def test_somebody_who_goes_on_takes_the_guess_back() -> None:
-    turns = Turns(SETTINGS, FPS)
+    turns = Turns(SETTINGS, FPS, LONGEST)
     events = [turns.push(p) for p in [SPEECH] * BEGIN + [SILENCE] * RECOGNISE]
     assert turns.recognised("Hello.") is None
     assert [*events, turns.push(SPEECH)][-2:] == ["recognise", "resume"]
@@ -56,7 +56,7 @@ def test_somebody_who_goes_on_takes_the_guess_back() -> None:
 
 
 def test_what_is_recognised_too_late_is_not_taken() -> None:
-    turns = Turns(SETTINGS, FPS)
+    turns = Turns(SETTINGS, FPS, LONGEST)
     assert turns.recognised("Hello.") is None  # nobody spoke
     for probability in [SPEECH] * BEGIN:
         turns.push(probability)
@@ -64,10 +64,32 @@ def test_what_is_recognised_too_late_is_not_taken() -> None:
     assert turns.in_turn
 
 
+@given(st.lists(st.sampled_from([SPEECH, SILENCE]), max_size=200))
+def test_a_turn_has_a_greatest_length_whatever_is_heard(probabilities: list[float]) -> None:
+    turns, most = Turns(SETTINGS, FPS, 2), 2 * FPS
+    assert [turns.push(SPEECH) for _ in range(BEGIN)][-1] == "begin"
+    asked, ended = False, 0
+    for frame, probability in enumerate([*probabilities, *[SPEECH] * most], 1):
+        event = turns.push(probability)
+        asked = event == "recognise" or (asked and event != "resume")
+        if asked and frame >= most:
+            assert turns.recognised("And then and") == "end"
+            ended = frame
+            break
+        assert event != "end"
+    assert ended == most
+    assert not turns.in_turn
+
+
 @given(st.lists(st.floats(0, 1), max_size=200), st.text(max_size=20))
 def test_events_come_in_order_whatever_is_heard(probabilities: list[float], text: str) -> None:
-    follows = {"begin": {"recognise"}, "recognise": {"resume", "end"}, "resume": {"recognise"}, "end": {"begin"}}
-    turns, allowed = Turns(SETTINGS, FPS), {"begin"}
+    follows = {
+        "begin": {"recognise"},
+        "recognise": {"resume", "end", "recognise"},
+        "resume": {"recognise"},
+        "end": {"begin"},
+    }
+    turns, allowed = Turns(SETTINGS, FPS, 2), {"begin"}
     for number, probability in enumerate(probabilities):
         for event in (turns.push(probability), turns.recognised(text) if number % 3 == 0 else None):
             if event is not None:
@@ -78,7 +100,7 @@ def test_events_come_in_order_whatever_is_heard(probabilities: list[float], text
 
 @given(st.integers(0, 40), st.integers(0, 40), st.sampled_from(["", "so", "Yes.", "No"]))
 def test_a_turn_never_ends_within_the_silence_that_its_text_allows(pause: int, later: int, text: str) -> None:
-    turns = Turns(SETTINGS, FPS)
+    turns = Turns(SETTINGS, FPS, LONGEST)
     _, ended = told(turns, text, pause)
     most = UNFINISHED if re.search(SETTINGS.unfinished, text, re.IGNORECASE) else FINISHED
     assert ended == (most if pause >= most else -1)
@@ -87,7 +109,7 @@ def test_a_turn_never_ends_within_the_silence_that_its_text_allows(pause: int, l
 @given(st.floats(0.04, 2), st.floats(0.04, 2))
 def test_longer_silence_never_ends_a_turn_sooner(one: float, other: float) -> None:
     ends = [
-        told(Turns(replace(SETTINGS, finished_seconds=each, recognise_seconds=0.04), FPS), "Yes.", 60)[1]
+        told(Turns(replace(SETTINGS, finished_seconds=each, recognise_seconds=0.04), FPS, LONGEST), "Yes.", 60)[1]
         for each in sorted((one, other))
     ]
     assert ends[0] <= ends[1]

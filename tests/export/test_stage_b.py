@@ -24,7 +24,7 @@ def test_what_is_heard_is_what_serving_hears(speech: Float32) -> None:
     served = torch.from_numpy(windows(audio))
     with torch.inference_mode():
         features = audio_encoder.load()(served).reshape(-1, FEATURES)[:frames]
-        probability = vad.load()(served).reshape(-1)[:frames]
+        probability = vad.load()(served)[0].reshape(-1)[:frames]
     np.testing.assert_allclose(heard.features, features.numpy(), atol=1e-4)
     np.testing.assert_allclose(heard.speech, probability.numpy(), atol=1e-5)
 

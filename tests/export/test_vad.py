@@ -21,14 +21,15 @@ def probabilities(repository: Path, speech: Float32) -> Float32:
     return run(repository, framing.windows(speech)).reshape(-1)
 
 
-def run(repository: Path, windows: Float32) -> Float32:
-    return np.asarray(feeds.session(repository / "vad" / "1" / "model.onnx").run(None, {"AUDIO": windows})[0])
+def run(repository: Path, windows: Float32, output: str = "SPEECH") -> Float32:
+    return np.asarray(feeds.session(repository / "vad" / "1" / "model.onnx").run([output], {"AUDIO": windows})[0])
 
 
-def stock(windows: Float32) -> npt.NDArray[np.float64]:
-    """What the contract says, on the stock file: 28 steps of 512, the largest of a frame's steps, a triangle."""
+def stock(windows: Float32) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """What the contract says, on the stock file: 28 steps of 512, the largest of a frame's steps; the chunk's through a
+    triangle, and the last as they are."""
     session = feeds.session(_wheels.wheel_file("silero_vad", "data/silero_vad.onnx", STOCK_SHA256))
-    frames = []
+    chunk, latest = [], []
     for window in windows:
         state, rate = np.zeros((2, 1, 128), np.float32), np.array(clock.SAMPLE_RATE)
         steps = {}
@@ -37,17 +38,19 @@ def stock(windows: Float32) -> npt.NDArray[np.float64]:
             (((steps[begin],),), state) = session.run(None, {"input": piece, "state": state, "sr": rate})
         largest = [
             max(value for begin, value in steps.items() if begin < end and begin + 512 > end - 640)
-            for end in range(15 * 640, 23 * 640, 640)
+            for end in range(15 * 640, 24 * 640, 640)
         ]
-        frames.append(np.convolve(largest, np.array([1, 2, 3, 2, 1]) / 9, "valid"))
-    return np.array(frames)
+        chunk.append(np.convolve(largest[:8], np.array([1, 2, 3, 2, 1]) / 9, "valid"))
+        latest.append(largest[-4:])
+    return np.array(chunk), np.array(latest)
 
 
 def test_the_file_gives_what_the_stock_model_gives(repository: Path, speech: Float32) -> None:
     windows = framing.windows(speech)[::5]
     noisy = windows + np.random.default_rng(0).normal(0, 0.02, windows.shape).astype(np.float32)
     both = np.concatenate([windows, noisy])
-    np.testing.assert_allclose(run(repository, both), stock(both), rtol=0, atol=1e-5)
+    for output, expected in zip(("SPEECH", "LATEST"), stock(both), strict=True):
+        np.testing.assert_allclose(run(repository, both, output), expected, rtol=0, atol=1e-5)
 
 
 def test_a_window_gives_the_same_alone_and_in_a_batch(repository: Path, speech: Float32) -> None:
@@ -64,6 +67,16 @@ def test_sentences_are_speech_and_the_pauses_between_are_not(probabilities: Floa
         assert between(begin, end).min() > 0.8
     for begin, end in ((0, 0.2), (1.85, 2.1), (5.2, 5.4), (8.9, 9.1), (11.8, 12.0)):
         assert between(begin, end).max() < 0.15
+
+
+def test_the_latest_frames_need_nothing_that_comes_later(repository: Path, speech: Float32) -> None:
+    """The demo speaks from 0.5 s on: the frames up to there are silence, and two later it is heard."""
+    ends = [round(0.5 * clock.FPS) + frames for frames in range(-3, 4)]
+    padded = np.pad(speech, (clock.WINDOW, 0))
+    windows = np.stack([padded[end * 640 : end * 640 + clock.WINDOW] for end in ends])
+    heard = run(repository, windows, "LATEST")[:, -1]
+    assert heard[:2].max() < 0.2
+    assert heard[-2:].min() > 0.8
 
 
 def test_silence_and_noise_are_no_speech(repository: Path) -> None:

@@ -50,18 +50,18 @@ def test_the_page_tells_the_same_sentences_apart() -> None:
 
 def test_the_page_ends_turns_at_the_same_frame() -> None:
     chance = random.Random(7)
-    settings, fps = EndOfSpeech.load(), 25
+    settings, fps, longest = EndOfSpeech.load(), 25, 5
     said = ("A large coffee, please.", "I would like a", "Yes,", "", " Wait for ME ", "The end.\n", "und", "a\u017f")
     heard: list[list[float | str]] = []
     for _ in range(300):
         heard.append([])
         while len(heard[-1]) < 400:
-            heard[-1] += [chance.choice((0.0, 0.49, 0.5, 0.51, 1.0))] * chance.choice((1, 2, 3, 4, 8, 12, 30))
+            heard[-1] += [chance.choice((0.0, 0.69, 0.7, 0.71, 1.0))] * chance.choice((1, 2, 3, 4, 8, 12, 30))
             if chance.random() < 0.6:
                 heard[-1].append(chance.choice(said))
     expected = []
     for each in heard:
-        turns = Turns(settings, fps)
+        turns = Turns(settings, fps, longest)
         expected.append([turns.recognised(what) if isinstance(what, str) else turns.push(what) for what in each])
     assert {event for events in expected for event in events} == {None, "begin", "recognise", "resume", "end"}
-    assert decisions(settings=asdict(settings), fps=fps, heard=heard)["events"] == expected
+    assert decisions(settings=asdict(settings), fps=fps, longest=longest, heard=heard)["events"] == expected
