@@ -605,7 +605,8 @@ def _frames(chunk: Chunk, loaded: _Loaded | Exception) -> list[_Frame]:
         index = chunk.frame_index + number
         spoken = voiced(share)
         pose = loaded.head.pose(index, seed, options.listening_at(number), spoken)
-        frames.append(_Frame(loaded, motion, spoken * sway(index, seed), pose, size, options))
+        turn = spoken * sway(index, seed) if spoken else STILL
+        frames.append(_Frame(loaded, motion, turn, pose, size, options))
     return frames
 
 
