@@ -16,6 +16,7 @@ import ctypes
 import json
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import espeakng_loader
@@ -33,6 +34,9 @@ _RATE, _PITCH = 1, 3
 _GO_ON = "".join(rf"(?<!\b{each})" for each in ("Mr", "Mrs", "Ms", "Dr", "Prof", "St", "vs", r"e\.g", r"i\.e"))
 _CLAUSE = re.compile(rf".+?(?:{_GO_ON}[,.;:!?]+(?=\s|$)|$)", re.DOTALL)
 _LANGUAGE_SWITCH = re.compile(r"\([a-z-]+\)")
+
+_WORD = re.compile(r"\s*\S{1,40}")  # or a part of one
+_LONGEST = 160  # bytes at a time: from 200 of letters on, "a.a.a." and "a .a ." overrun a buffer of espeak-ng 1.52's
 
 
 class _EventId(ctypes.Union):
@@ -102,11 +106,13 @@ class _Engine:
         return samples, self._phonemes
 
     def _clause_ipa(self, clause: str) -> str:
-        raw = ctypes.create_string_buffer(clause.encode())
-        pointer, parts = ctypes.c_void_p(ctypes.addressof(raw)), []
-        while pointer.value:
-            ipa = self._library.espeak_TextToPhonemes(ctypes.byref(pointer), _CHARS_UTF8, _PHONEMES_IPA)
-            parts.append(_LANGUAGE_SWITCH.sub("", ipa.decode()))
+        parts = []
+        for piece in _pieces(clause):
+            raw = ctypes.create_string_buffer(piece.encode())
+            pointer = ctypes.c_void_p(ctypes.addressof(raw))
+            while pointer.value:
+                ipa = self._library.espeak_TextToPhonemes(ctypes.byref(pointer), _CHARS_UTF8, _PHONEMES_IPA)
+                parts.append(_LANGUAGE_SWITCH.sub("", ipa.decode()))
         return " ".join(part for part in parts if part)
 
     def sentences(self, text: str) -> list[str]:
@@ -122,6 +128,16 @@ class _Engine:
             else:
                 current += " "
         return [*found, current.strip()] if current.strip() else found
+
+
+def _pieces(clause: str) -> Iterator[str]:
+    piece = ""
+    for word in _WORD.findall(clause):
+        if piece and len((piece + word).encode()) > _LONGEST:
+            yield piece
+            piece = ""
+        piece += word
+    yield piece
 
 
 def _answer(engine: _Engine, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:

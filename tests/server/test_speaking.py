@@ -217,6 +217,14 @@ def test_numbers_and_abbreviations_are_said() -> None:
 
 
 @needs_espeak
+@pytest.mark.parametrize("text", ["a.", "\u00e9.", "\u4e00 .", "\U00018501."])
+def test_no_text_overruns_the_phonemisers_buffers(text: str) -> None:
+    """espeak-ng dies of each of these, as one clause."""
+    with Espeak() as espeak:
+        assert espeak.ipa((text * MAX_CHARACTERS)[:MAX_CHARACTERS])
+
+
+@needs_espeak
 def test_a_phonemiser_that_dies_is_started_again() -> None:
     with Espeak() as espeak:
         before = espeak.ipa("Hello.")
