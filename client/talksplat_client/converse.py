@@ -47,6 +47,8 @@ __all__ = [
 
 Item = TypeVar("Item")
 
+AHEAD_SECONDS = 30.0  # of an answer's sound that are made before they are heard: some answers have no end
+
 PROMPT = (
     "You are a friendly talking avatar. What you write is spoken aloud: answer in one to three short sentences, "
     "in plain words, without lists, markup or emoji."
@@ -214,8 +216,9 @@ async def converse(
                 if isinstance(each, _Spoken):
                     talk.spoken(each.answer)
                     continue
+                turn = talk.seen(each)  # before it is taken: what comes meanwhile may be another answer's
                 yield each
-                if (turn := talk.seen(each)) is not None:
+                if turn is not None:
                     yield turn
         await hearing
     finally:
@@ -227,10 +230,12 @@ class _Answer:
 
     def __init__(self) -> None:
         self.text: str | None = None  # what they have said, once that is known
+        self.known = asyncio.Event()  # it is, or never will be
         self.task: asyncio.Task[None] | None = None
         self.replied = self.sounded = 0.0  # when its first sentence and its first sound were there
         self.waits: tuple[float, float, float] | None = None  # when speech, its silence and the turn ended
-        self.shown = 0  # samples
+        self.shown = self.made = 0  # samples
+        self.goes_on = asyncio.Event()  # more was shown
         self.sentences: list[tuple[str, int]] = []  # that are being said, each with the samples before it
         self.samples = 0  # of all of them, so far
         self._held: list[Callable[[], None]] | None = []
@@ -241,6 +246,12 @@ class _Answer:
             action()
         else:
             self._held.append(action)
+
+    async def room(self, samples: int) -> None:
+        """Wait until fewer than so many samples are made and not shown."""
+        while self.made - self.shown >= samples:
+            self.goes_on.clear()
+            await self.goes_on.wait()
 
     def release(self) -> None:
         """It is wanted."""
@@ -307,14 +318,15 @@ class _Conversation:
             if self._turns.in_turn:
                 if self._guess is None:
                     self._recognise(self._track.end)
-                if self._guess is not None and self._guess.task is not None:
-                    await asyncio.wait([self._guess.task])  # held back, it ends
+                if self._guess is not None:
+                    await self._guess.known.wait()
                 self._end_turn()
             await self._rests.wait()
         finally:
             for task in tasks:
                 task.cancel()
             await self._live.close()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def close(self, hearing: asyncio.Task[None]) -> None:
         """End it, and all that is under way."""
@@ -347,10 +359,7 @@ class _Conversation:
                     if probability > self._settings.speech:
                         self._end = seen
                     await self._take(self._turns.push(probability), seen)
-                if not self._turns.in_turn:
-                    run_in = self._settings.run_in_seconds + self._settings.begin_seconds
-                    self._begin = max(0, seen - round(run_in * clock.sample_rate))
-                track.forget(min(self._begin, seen - window))
+                track.forget(min(self._begin, seen - window) if self._turns.in_turn else seen - window)
             elif heard < track.ready:
                 return  # the audio has ended
             else:
@@ -360,9 +369,11 @@ class _Conversation:
     async def _take(self, event: TurnEvent | None, position: int) -> None:
         """What the sound up to there means."""
         if event == "begin":
+            began = position / self._clock.sample_rate - self._settings.begin_seconds
+            self._begin = max(0, round((began - self._settings.run_in_seconds) * self._clock.sample_rate))
             self._live.listening = 1.0
             await self._interrupt()
-            self._live.mark(TurnBegan(position / self._clock.sample_rate - self._settings.begin_seconds))
+            self._live.mark(TurnBegan(began))
         elif event == "recognise":
             self._recognise(position)
         elif event == "resume":
@@ -382,10 +393,12 @@ class _Conversation:
     async def _make(self, answer: _Answer, sound: Samples) -> None:
         try:
             answer.text = (await self._client.transcribe(sound)).strip()
+            answer.known.set()
+            messages = [*self._messages, Message("user", answer.text)]
             if self._turns.recognised(answer.text) == "end":
                 self._end_turn(self._settings.silence_seconds(answer.text))
             if answer.text:
-                await self._reply(answer, [*self._messages, Message("user", answer.text)])
+                await self._reply(answer, messages)
         except Exception as error:
             answer.do(partial(self._live.mark, Failed(error)))
         answer.do(self._live.finish)
@@ -393,6 +406,7 @@ class _Conversation:
         if answer.text is None and answer is self._guess:  # nobody will know what was said
             self._turns = Turns(self._settings, self._clock.fps, self._clock.max_utterance_seconds)
             self._end_turn()
+        answer.known.set()
 
     async def _reply(self, answer: _Answer, messages: Sequence[Message]) -> None:
         async with aclosing(_whole(self._respond(messages))) as reply:
@@ -402,8 +416,11 @@ class _Conversation:
                 async with _closing(self._speak(sentence)) as packets:
                     async for packet in packets:
                         answer.sounded = answer.sounded or _now()
-                        answer.do(partial(self._say, answer, to_mono(packet), sentence if begins else None))
+                        sound = to_mono(packet)
+                        answer.made += sound.size
+                        answer.do(partial(self._say, answer, sound, sentence if begins else None))
                         begins = False
+                        await answer.room(round(AHEAD_SECONDS * self._live.sample_rate))
 
     def _say(self, answer: _Answer, sound: Samples, begins: str | None) -> None:
         if begins is not None:
@@ -438,7 +455,9 @@ class _Conversation:
         if answer is None or answer.task is None:
             return
         answer.task.cancel()
-        await self._live.interrupt()
+        for mark in await self._live.interrupt():
+            if not isinstance(mark, (Sentence, _Spoken)):  # it has happened; only nobody was told yet
+                self._live.mark(mark)
         self._remember(answer)
         self._live.mark(Interrupted(answer.heard()))
 
@@ -454,6 +473,7 @@ class _Conversation:
         if answer is None or not isinstance(event, Moment) or event.sound is None:
             return None
         first, answer.shown = not answer.shown, answer.shown + event.sound.size
+        answer.goes_on.set()
         if not first or answer.waits is None:
             return None
         last, silent, ended = answer.waits
@@ -476,14 +496,16 @@ class _Conversation:
 
 async def _whole(parts: AsyncIterable[str]) -> AsyncGenerator[str, None]:
     """The sentences of a text that comes in parts, each as soon as the next one begins."""
-    text, count = "", 0
+    text = ""
     async with _closing(parts):
         async for part in parts:
             text += part
-            for sentence in sentences(text)[count:-1]:
+            *whole, last = sentences(text) or [""]
+            if whole:
+                text = text[text.rindex(last) :]
+            for sentence in whole:
                 yield sentence
-                count += 1
-    for sentence in sentences(text)[count:]:
+    for sentence in sentences(text):
         yield sentence
 
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from talksplat.server import Server
 from talksplat_client import AsyncClient, InvalidRequestError, UnknownAvatarError, read_audio, sentences
 from talksplat_client.converse import (
+    AHEAD_SECONDS,
     ChatModel,
     Event,
     Failed,
@@ -157,6 +158,68 @@ async def test_who_interrupts_silences_the_avatar_and_what_was_heard_is_remember
     assert interrupted.said.startswith("I answer from")
     assert [(each.role, each.content) for each in asked[-1]][1] == ("assistant", interrupted.said)
     assert [each.role for each in asked[-1]] == ["user", "assistant", "user"]
+
+
+async def test_whoever_is_slow_to_take_events_misses_no_turn_and_late_texts_are_asked_once(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is taken for as long as it takes to end a turn and to interrupt its answer."""
+    recognise, asked = AsyncClient.transcribe, list[list[str]]()
+
+    async def late(client: AsyncClient, audio: npt.NDArray[np.float32]) -> str:
+        text = await recognise(client, audio)
+        await asyncio.sleep(0.5)
+        return text
+
+    async def respond(messages: Sequence[Message], /) -> AsyncIterator[str]:
+        asked.append([message.role for message in messages])
+        yield "You are welcome."
+
+    over = asyncio.Event()
+
+    async def sound() -> AsyncIterator[npt.NDArray[np.int16]]:
+        async for packet in live(greeting(), silence(1.5), greeting(), silence(1.5)):
+            yield packet
+        over.set()
+
+    monkeypatch.setattr(AsyncClient, "transcribe", late)
+    events: list[Event] = []
+    async with AsyncClient(server.grpc_url) as client, asyncio.timeout(DEADLINE):
+        talk = converse(client, sound(), avatar="red", respond=respond, format="raw", size=64)
+        async with contextlib.aclosing(talk) as each:
+            async for event in each:
+                if isinstance(event, TurnBegan) and not events:
+                    await over.wait()
+                events += [] if isinstance(event, Moment) else [event]
+    names = [type(event).__name__ for event in events]
+    assert names == ["TurnBegan", "TurnEnded", "Interrupted", "TurnBegan", "TurnEnded", "Sentence", "Turn"]
+    assert asked == [["user"], ["user", "user"]]
+
+
+async def test_an_answer_without_an_end_is_not_made_long_before_it_is_heard(server: Server) -> None:
+    made = 0  # sentences of the latest guess
+
+    async def respond(messages: Sequence[Message], /) -> AsyncIterator[str]:
+        nonlocal made
+        made = 0
+        while True:
+            yield "And so on. "
+
+    async def hum(sentence: str) -> AsyncIterator[npt.NDArray[np.float32]]:
+        nonlocal made
+        made += 1
+        yield np.full(RATE, 0.1, np.float32)  # a second
+
+    async with AsyncClient(server.grpc_url) as client, asyncio.timeout(DEADLINE):
+        sound = live(greeting(), silence(0.4))
+        talk = converse(client, sound, avatar="red", respond=respond, speak=hum, format="raw", size=64)
+        async with contextlib.aclosing(talk) as events:
+            spoken = 0
+            async for event in events:
+                spoken += isinstance(event, Moment) and event.sound is not None
+                if spoken == 50:
+                    break
+    assert AHEAD_SECONDS < made <= AHEAD_SECONDS + 3
 
 
 async def test_a_responder_or_a_voice_that_fails_ends_the_turn_and_not_the_conversation(server: Server) -> None:
@@ -334,9 +397,14 @@ async def parts_of(text: str, cuts: Sequence[int]) -> AsyncIterator[str]:
         yield text[begin:end]
 
 
-@given(st.lists(st.sampled_from(["Yes.", "Dr. Who came!", "A b c?", "no"]), max_size=5), st.data())
-def test_a_text_that_comes_in_parts_has_the_sentences_of_the_whole(said: list[str], data: st.DataObject) -> None:
-    text = " ".join(said)
+PARTS = ["Yes.", "Dr. Who came!", "A b c?", "no", "\u201cSo\u2026\u201d", "\n", "\u2014", "..."]
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=8), st.sampled_from([" ", "  ", "\n"]), st.data())
+def test_a_text_that_comes_in_parts_has_the_sentences_of_the_whole(
+    said: list[str], between: str, data: st.DataObject
+) -> None:
+    text = between.join(said)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
 
     async def work() -> list[str]:
