@@ -135,11 +135,11 @@ async def say(client: AsyncClient, file: str, samples: Samples) -> Said:
     async with aclosing(events):
         async for event in events:
             if isinstance(event, TurnEnded):
-                ended = event.at - LEAD_SECONDS
-                cuts += ended < end - 0.1
+                ended = now() - person.start
+                cuts += ended < end
             elif isinstance(event, Moment) and event.sound is not None:
                 spoke = now()
-            elif isinstance(event, Turn) and ended >= end - 0.1 and answer is None:
+            elif isinstance(event, Turn) and ended >= end and answer is None:
                 answer = 1e3 * (spoke - person.start - end)
                 stages = {name: 1e3 * getattr(event, name) for name in STAGES[1:]}
                 stages["end_of_speech"] = answer - sum(stages.values())  # from the true end on
