@@ -22,11 +22,13 @@ hypothesis.settings.register_profile("talksplat", deadline=None)  # a timing bel
 hypothesis.settings.load_profile("talksplat")
 
 TOGETHER = ("faults", "monitoring")  # folders whose tests share servers of their own
+FIRST = ("faults", "web")  # folders that take longest: at the end one process would wait for them
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs in one process, where there are several: a file, or a whole folder of `TOGETHER`."""
+    """What runs in one process, where there are several: a file, or a whole folder of `TOGETHER`; and what first."""
+    items.sort(key=lambda item: item.path.parent.name not in FIRST)
     for item in items:
         folder = item.path.parent.name
         item.add_marker(pytest.mark.xdist_group(folder if folder in TOGETHER else item.path.stem))
@@ -48,6 +50,12 @@ def shared_data() -> Path:
     if not data.is_dir():
         pytest.skip("the recordings in ../shared/data are not on this machine")
     return data
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that a test starts end without the three seconds that Triton takes to go in order."""
+    monkeypatch.setattr(Server, "stop", Server.kill)
 
 
 @pytest.fixture(scope="session")

@@ -320,6 +320,7 @@ def test_loads_that_fail_or_hang_are_said_and_the_next_one_is_taken() -> None:
             loads.measure({**order, "nonsense": 1}, 60)
 
 
+@pytest.mark.usefixtures("hurried")
 def test_a_small_study_runs(tmp_path: Path, repository: Path) -> None:
     path = tmp_path / "small.toml"
     path.write_text(

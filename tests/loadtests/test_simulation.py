@@ -164,6 +164,7 @@ def test_prediction_and_measurement_are_compared_where_both_held() -> None:
     assert compare(rows[4:])["chunk_p50_ratio"] is None
 
 
+@pytest.mark.usefixtures("hurried")
 def test_two_real_replicas_behind_the_edge_are_measured_and_predicted(tmp_path: Path) -> None:
     try:
         edge.find_nginx()

@@ -76,6 +76,7 @@ def watched(ports: Ports, asking: Prometheus | None, tmp_path_factory: pytest.Te
         server.restarts = RESTARTS
         with server, triton.InferenceServerClient(server.grpc_url) as client:
             yield Watched(server, client, collector)
+            server.kill()  # in order it would take seconds
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,7 @@ def tensor(name: str, array: Any, dtype: str) -> Any:
     return triton.InferInput(name, array.shape, dtype).set_data_from_numpy(array)
 
 
+@pytest.mark.usefixtures("hurried")
 def test_more_instances_threads_and_a_delay_elsewhere_draw_the_same_frames(
     server: Server, show: Show, committed: npt.NDArray[np.float64], tmp_path: Path
 ) -> None:
@@ -84,6 +85,7 @@ def test_more_instances_threads_and_a_delay_elsewhere_draw_the_same_frames(
     np.testing.assert_array_equal(frames, committed)
 
 
+@pytest.mark.usefixtures("hurried")
 @pytest.mark.timeout(300)  # another process of the tests may be exporting
 def test_nets_in_int8_draw_nearly_the_same_frames(
     server: Server, show: Show, committed: npt.NDArray[np.float64], tmp_path: Path
