@@ -135,7 +135,8 @@ def test_who_speaks_is_heard_answered_and_may_interrupt(visit: Visit) -> None:
     assert visit.page.evaluate("() => window.opened") == 1
     visit.is_("listening")
     stats = visit.is_("speaking")
-    assert said(stats, "you")[0] == "Hello, and welcome."  # and again, if the machine is slow
+    first = said(stats, "you")[0]  # others follow where the machine is slow, and "Hello" is over before it listens
+    assert first.lower().endswith("and welcome.")
     assert said(stats, "avatar")[0] == "Hello!"
     for stage in ("endOfSpeech", "recognition", "voice", "firstFrame", "answer"):
         assert 0 < stats["stages"][stage] < 20_000, stage
