@@ -32,6 +32,12 @@ def array(request: Any, name: str) -> Any:
     return tensor.as_numpy()
 
 
+def handed_on(request: Any, name: str) -> dict[str, Any]:
+    """The input ``name`` as an output, where the request has it; see `animate/config.pbtxt`."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return {} if tensor is None else {name: tensor.as_numpy()}
+
+
 def avatar_ids(request: Any) -> list[str]:
     """The input AVATAR [B, 1], whose bytes may be anything."""
     return [avatar_id.decode(errors="replace") for avatar_id in array(request, "AVATAR")[:, 0]]

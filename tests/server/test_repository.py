@@ -88,6 +88,7 @@ def test_the_steps_of_an_ensemble_fit_together_and_form_a_chain(name: str) -> No
         assert model.max_batch_size >= ensemble.max_batch_size
         inputs, outputs = ({tensor.name: tensor for tensor in side} for side in (model.input, model.output))
         assert {tensor.name for tensor in model.input if not tensor.optional} <= set(step.input_map)
+        assert not set(step.input_map.values()) & {tensor.name for tensor in ensemble.output}, "see `animate`'s config"
         for own, value in step.input_map.items():
             compare(inputs[own], batched, *known[value])
         for own, value in step.output_map.items():

@@ -195,6 +195,22 @@ def test_an_utterance_gives_the_frames_of_its_chunks(client: triton.InferenceSer
     assert whole == animate(client, windows, [BLUE] * len(windows), indices)
 
 
+def test_an_ensemble_answers_with_the_outputs_that_are_asked_for(client: triton.InferenceServerClient) -> None:
+    """Triton leaves out steps whose outputs nobody wants, and those of the others must not need them."""
+    audio = voice(0.16)
+    for model, heard, avatar, outputs in (
+        ("animate", framing.windows(audio), ids(RED), ["FRAMES"]),
+        ("speech_to_animation", audio, ids(RED)[0], ["TEXT", "FRAMES", "SPEECH"]),
+    ):
+        index = tensor("FRAME_INDEX", np.zeros(avatar.shape, np.int64), "INT64")
+        asked = [tensor("AUDIO", heard, "FP32"), tensor("AVATAR", avatar, "BYTES"), index]
+        everything = client.infer(model, asked, client_timeout=60)
+        for name in outputs:
+            alone = client.infer(model, asked, outputs=[triton.InferRequestedOutput(name)], client_timeout=60)
+            assert [output.name for output in alone.get_response().outputs] == [name]
+            np.testing.assert_array_equal(alone.as_numpy(name), everything.as_numpy(name))
+
+
 def test_an_idle_chunk_is_what_animate_gives_on_silence_byte_for_byte(client: triton.InferenceServerClient) -> None:
     silence = framing.windows(np.zeros(clock.CHUNK_SAMPLES, np.float32))
     for index, parameters in (

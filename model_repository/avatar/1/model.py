@@ -12,7 +12,7 @@ import numpy as np
 
 from talksplat import avatar as bundle
 from talksplat.cache import AvatarCache
-from talksplat.triton import Door, Failures, asks_to_unload, avatar_ids, parameters, response
+from talksplat.triton import Door, Failures, asks_to_unload, avatar_ids, handed_on, parameters, response
 
 CACHE_BYTES = 64 << 20  # some 1700 heads
 
@@ -50,7 +50,12 @@ class TritonPythonModel:
         except Exception as error:
             return self.failures.answer(request, error)
         adapter_in, adapter_out = (np.stack(tensors) for tensors in zip(*heads, strict=True))
-        return response(ADAPTER_IN=adapter_in, ADAPTER_OUT=adapter_out, ARRIVED=np.full((len(heads), 1), arrived))
+        return response(
+            ADAPTER_IN=adapter_in,
+            ADAPTER_OUT=adapter_out,
+            ARRIVED=np.full((len(heads), 1), arrived),
+            **handed_on(request, "SPEECH"),
+        )
 
     def _head(self, avatar_id: str) -> tuple[bundle.Float32, bundle.Float32]:
         with self.heads.use(avatar_id) as head:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from talksplat import clock, framing
-from talksplat.triton import Failures, array, response
+from talksplat.triton import Failures, array, handed_on, response
 
 
 class TritonPythonModel:
@@ -30,4 +30,4 @@ class TritonPythonModel:
             avatars = np.repeat(array(request, "AVATAR")[None], count, axis=0)
         except Exception as error:
             return self.failures.answer(request, error)
-        return response(WINDOWS=windows, AVATARS=avatars, FRAME_INDICES=indices[:, None])
+        return response(WINDOWS=windows, AVATARS=avatars, FRAME_INDICES=indices[:, None], **handed_on(request, "TEXT"))
