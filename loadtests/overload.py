@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from rich.console import Console
 
 from loadtests.cast import cast
 from loadtests.slo import Slo, Summary
@@ -150,6 +151,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=512, help="pixels a side; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=20.0, help="measured; default: %(default)s")
     arguments = parser.parse_args(argv)
+    try:
+        edge.find_nginx()
+    except edge.MissingNginxError as error:
+        Console(stderr=True).print(f"overload: left out. {error}", highlight=False)
+        return 0
     rows = measure(arguments.avatar, arguments.capacity, arguments.size, arguments.seconds)
     report("overload", rows, arguments.json)
     return int(any(found.get(name) == "no" for found in rows for name in ("slo_ok", "refusals_ok")))

@@ -30,7 +30,7 @@ from rich.console import Console
 from loadtests.conversation import SPEECH
 from talksplat import clock
 from talksplat.bench._report import Row, report
-from talksplat.edge import EdgeError
+from talksplat.edge import EdgeError, MissingNginxError, find_nginx
 from talksplat.server import HOST, ROOT, Ports
 
 Stats: TypeAlias = dict[str, Any]  # of the page: window.talksplat.stats()
@@ -249,8 +249,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     arguments = parser.parse_args(argv)
     try:
+        find_nginx(lua=False)
         find_chromium()
-    except MissingChromiumError as error:
+    except (MissingNginxError, MissingChromiumError) as error:
         Console(stderr=True).print(f"page: left out. {error}", highlight=False)
         return 0
     with tempfile.TemporaryDirectory() as name:
