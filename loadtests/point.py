@@ -174,7 +174,6 @@ class _SharedConnection:
         region = self.free.pop() if self.free else await self._register(ask)
         region.clear()
         output = service_pb2.ModelInferRequest()
-        output.outputs.add(name="SPEECH")  # the ensemble ends with an error when only one of its outputs is asked for
         wanted = output.outputs.add(name="FRAMES")
         wanted.parameters["shared_memory_region"].string_param = region.name
         wanted.parameters["shared_memory_byte_size"].int64_param = region.size

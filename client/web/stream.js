@@ -278,13 +278,9 @@ export class Stream {
     const first = chunk * this.#clock.chunkFrames;
     const { avatar, model, seed } = this.#look;
     const inputs = [string("AVATAR", avatar, [1, 1]), integer("FRAME_INDEX", first, [1, 1])];
-    const outputs = ["FRAMES"];
     const heard = window.some(value => value !== 0); // else there is nothing to compute
-    if (heard) {
-      inputs.push(floats("AUDIO", window, [1, window.length]));
-      outputs.push("SPEECH"); // an ensemble wants to be asked for all that it has
-    }
-    const request = { what: first, inputs, outputs, parameters: { seed, ...this.#listen(chunk) } };
+    if (heard) inputs.push(floats("AUDIO", window, [1, window.length]));
+    const request = { what: first, inputs, outputs: ["FRAMES"], parameters: { seed, ...this.#listen(chunk) } };
     const terms = { signal, recovery: Number.POSITIVE_INFINITY, insist: this.latenciesMs.length > 0 };
     const answer = await this.#triton.infer(heard ? model : "rasterizer", request, terms);
     const jpegs = answer.strings("FRAMES");
