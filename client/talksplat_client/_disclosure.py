@@ -5,10 +5,11 @@ Written files carry it. Frames that are streamed live are not marked here: who s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -54,6 +55,11 @@ class Credentials:
     certificate: Path | str
     key: Path | str
 
+    def check(self) -> None:
+        """Raise now what `sign` would raise, as far as certificate and key show it."""
+        with self._signer():
+            pass
+
     def sign(self, source: Path, target: Path, form: str, title: str, description: str) -> None:
         """Write ``source`` with credentials to ``target``.
 
@@ -81,22 +87,31 @@ class Credentials:
                 }
             ],
         }
+        with (
+            self._signer() as signer,
+            c2pa.Builder(json.dumps(manifest)) as builder,
+            source.open("rb") as unsigned,
+            target.open("w+b") as signed,
+        ):
+            builder.sign(signer, SIGNABLE[form], unsigned, signed)
+
+    @contextlib.contextmanager
+    def _signer(self) -> Iterator[Any]:  # c2pa.Signer
+        """What signs; refusals while it is used are those of `sign`."""
+        c2pa = _c2pa()
         try:
             certificate, key = Path(self.certificate).read_bytes(), Path(self.key).read_bytes()
             info = c2pa.C2paSignerInfo(_algorithm(key), certificate, key, None)
-            with (
-                c2pa.Signer.from_info(info) as signer,
-                c2pa.Builder(json.dumps(manifest)) as builder,
-                source.open("rb") as unsigned,
-                target.open("w+b") as signed,
-            ):
-                builder.sign(signer, SIGNABLE[form], unsigned, signed)
+            with c2pa.Signer.from_info(info) as signer:
+                yield signer
         except (c2pa.C2paError, ValueError, TypeError) as error:  # TypeError: the key has a password
             raise InvalidRequestError(
                 f"{self.certificate} and {self.key} can't sign content credentials: {error}"
             ) from error
         except OSError as error:
-            raise InvalidRequestError(f"{error.filename or target} can't be used: {error.strerror}") from error
+            if error.filename not in (str(self.certificate), str(self.key)):  # what is to be signed, or the disk
+                raise
+            raise InvalidRequestError(f"{error.filename} can't be used: {error.strerror}") from error
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Writer(ABC):
 
     Raises:
         MissingExtraError: PyAV is not installed.
-        InvalidRequestError: the format takes no content credentials, and they were asked for.
+        InvalidRequestError: content credentials were asked for, and the format takes none, or who signs can't.
         MediaError: on entering, that the place can't be written to; later, that the disk is full; on leaving, that
             there was no frame.
     """
@@ -78,6 +78,7 @@ class Writer(ABC):
             if self._piped:
                 raise MediaError(f"{path} is a pipe, and signing needs a whole file: name one")
             require_signable(self.format)
+            disclosure.credentials.check()
 
     def __enter__(self) -> Self:
         with self._refusals():
@@ -266,7 +267,7 @@ class _Film(Writer):
 
     def _discard(self) -> None:
         if self._container is not None:
-            with contextlib.suppress(OSError):  # a full disk refuses the trailer, too
+            with contextlib.suppress(OSError, self._av.FFmpegError):  # a full disk or a closed pipe refuses the trailer
                 self._container.close()
         if self._stream is not None and self._stream is not sys.stdout.buffer:
             self._stream.close()

@@ -37,7 +37,8 @@ def read_audio(source: str | Path | BinaryIO) -> Recording:
     except OSError as error:  # PyAV's errors for files are OSErrors too
         raise MediaError(f"{name} can't be read: {error.strerror or error}") from error
     except (av.FFmpegError, ValueError) as error:
-        raise MediaError(f"{name} is no audio or video file: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise MediaError(f"{name} is no audio or video file: {reason}") from error
     if not container.streams.audio:
         container.close()
         raise MediaError(f"{name} has no sound")

@@ -41,11 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops cleanly, too
+    code = _run(args)
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # Python would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not code and not isinstance(error, BrokenPipeError):
+            print(f"talksplat: standard output: {error.strerror}", file=sys.stderr)
+        return code or 1
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         with _client(args) as client:
             return args.run(client, args) or 0
-    except BrokenPipeError:  # whoever read our output has enough; Python would complain at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our output has enough
         return 1
     except TalksplatError as error:
         print(f"talksplat: {error}", file=sys.stderr)
@@ -139,7 +150,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _client(args: argparse.Namespace) -> Client:
-    api_key = Path(args.api_key_file).read_text().strip() if args.api_key_file else os.environ.get(API_KEY) or None
+    try:
+        api_key = Path(args.api_key_file).read_text().strip() if args.api_key_file else os.environ.get(API_KEY) or None
+    except UnicodeDecodeError:
+        raise InvalidRequestError(f"{args.api_key_file} holds no API key: it is no text") from None
     tls = Tls(args.ca) if args.tls or args.ca else None
     limits = Limits(in_flight=1) if args.run is _doctor else Limits()
     return Client(args.url or DEFAULT_URL, api_key=api_key, tls=tls, limits=limits)
@@ -184,6 +198,8 @@ def _animate(client: Client, args: argparse.Namespace) -> None:
             for file in files:
                 file.write(frame)
             _progress(count, total, time.monotonic() - began)
+        if not count:
+            raise InvalidAudioError(f"{args.file} holds no sound at all")
         write_sound()
     seconds = time.monotonic() - began
     report: dict[str, object] = {
@@ -261,7 +277,7 @@ def _stream(client: Client, args: argparse.Namespace) -> None:
     client.clock()
     if args.file is None:
         recording = Recording(MICROPHONE_RATE, None, microphone(MICROPHONE_RATE, LIVE_PACKET))
-    elif args.file == "-" and args.raw:
+    elif args.file == "-" and args.raw is not None:
         recording = Recording(args.raw, None, _raw_packets(sys.stdin.buffer))
     else:
         recording = read_audio(sys.stdin.buffer) if args.file == "-" else _opener(args)()
@@ -305,7 +321,7 @@ def _opener(args: argparse.Namespace) -> Callable[[], Recording]:
 
     def opened() -> Recording:
         source: BinaryIO = open(args.file, "rb") if content is None else io.BytesIO(content)  # noqa: SIM115 (read later)
-        return Recording(args.raw, None, _raw_packets(source)) if args.raw else read_audio(source)
+        return read_audio(source) if args.raw is None else Recording(args.raw, None, _raw_packets(source))
 
     return opened
 

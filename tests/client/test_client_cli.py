@@ -211,7 +211,8 @@ def test_a_raw_pipe_may_cut_samples_anywhere() -> None:
         (["transcribe", "none.wav"], "none.wav: No such file"),
         (["transcribe", "."], "Is a directory"),
         (["animate", __file__, "--avatar", "ava", "--out", "x.mp4"], "no audio or video file"),
-        (["animate", __file__, "--avatar", "ava", "--out", "x.avi"], "no audio or video file"),
+        (["animate", __file__, "--avatar", "ava", "--out", "x.avi"], "no audio or video file: Invalid data found"),
+        (["transcribe", __file__, "--raw", "0"], "the sample rate is 0 Hz"),
         (["avatars", "--url", "http://x"], "expected host:port"),
         (["avatars", "--url", "127.0.0.1:1"], "127.0.0.1:1: Connection refused"),
     ],
@@ -235,6 +236,7 @@ def test_what_went_wrong_is_one_sentence(capsys: pytest.CaptureFixture[str], arg
         (["-", "--format", "webp"], "- is a pipe, and webp files can't be written into one"),
         (["x.mp4", "--c2pa-key", "key.pem"], "--c2pa-certificate and --c2pa-key belong together"),
         (["x.webm", "--c2pa-key", "k", "--c2pa-certificate", "c"], "webm files take no content credentials"),
+        (["x.mp4", "--c2pa-key", "k", "--c2pa-certificate", "c"], "c can't be used: No such file or directory"),
     ],
 )
 def test_what_can_not_be_written_is_one_sentence(
@@ -264,6 +266,46 @@ def test_an_animation_that_fails_leaves_no_file(
         assert cli.main(command) == 1
     assert ("no avatar 'eve'" if avatar == "eve" else "frame 0 is no JPEG") in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [recording]
+
+
+@pytest.mark.parametrize("raw", [["--raw", "16000"], []])
+def test_sound_of_no_length_is_said_and_leaves_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], raw: list[str]
+) -> None:
+    empty = tmp_path / "empty.wav"
+    with wave.open(str(empty), "wb") as file:
+        file.setparams((1, 2, RATE, 0, "NONE", ""))
+    if raw:
+        empty.write_bytes(b"")
+    with ScriptedServer() as server:
+        command = ["animate", str(empty), *raw, "--url", server.url, "--avatar", "ava", "--out", f"{tmp_path}/x.mp4"]
+        assert cli.main(command) == 1
+    assert capsys.readouterr().err == f"talksplat: {empty} holds no sound at all\n"
+    assert list(tmp_path.iterdir()) == [empty]
+
+
+def test_an_api_key_file_that_is_no_text_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "key").write_bytes(b"\xff")
+    assert cli.main(["avatars", "--api-key-file", str(tmp_path / "key")]) == 1
+    assert "holds no API key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("place", "arguments"),
+    [("/dev/full", ["avatars"]), ("closed", ["animate", "-", "--avatar", "red", "--out", "-", "--format", "mp4"])],
+)
+def test_output_that_nobody_takes_is_one_sentence_at_most(
+    server: Server, recording: Path, monkeypatch: pytest.MonkeyPatch, place: str, arguments: list[str]
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    reading, closed = os.pipe()
+    os.close(reading)
+    with recording.open("rb") as sound, open("/dev/full" if place == "/dev/full" else closed, "wb") as out:
+        command = [sys.executable, "-m", "talksplat_client.cli", *arguments, "--url", server.grpc_url]
+        process = subprocess.run(command, stdin=sound, stdout=out, stderr=subprocess.PIPE, check=False)
+        assert process.returncode == 1
+        assert process.stderr.count(b"\n") == (place == "/dev/full")
+        assert (b"No space left on device" in process.stderr) == (place == "/dev/full")
 
 
 @pytest.mark.parametrize(
