@@ -43,6 +43,9 @@ serve-secure: models  ## the same behind nginx: TLS, API keys, tenants, limits
 test: models $(VENV)/.dev lint types  ## all tests, lint and types
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder  # mostly they wait for servers and clocks
 
+.PHONY: dev
+dev: $(VENV)/.dev  ## install what tests, benchmarks and load tests need besides
+
 .PHONY: lint
 lint: $(VENV)/.dev  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -236,7 +236,7 @@ class Checkout:
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith("TALKSPLAT")}
         self._addresses = {GRPC: server.grpc_url, HTTP: server.http_url, SECURE: secure.url}
         for path in ROOT.iterdir():
-            if path.suffix != ".md" and path.name not in ("runs", "bench", ".git", ".venv"):
+            if path.suffix != ".md" and path.name not in ("runs", "bench", "demo", ".git", ".venv"):
                 (folder / path.name).symlink_to(path)
         programs = folder / VENV
         programs.mkdir(parents=True)
@@ -284,7 +284,8 @@ def checkout(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     )
     address.certificate.parent.mkdir(parents=True)
     made = Checkout(folder, server, address)
-    encode(folder / "speech.mp3")
+    shorten(folder / "demo" / "speech.wav")
+    encode(folder / "demo" / "speech.wav", folder / "speech.mp3")
     edge.make_tenants(address.certificate.with_name("tenants.toml"))
     edge.make_certificate(address.certificate, address.certificate_key, HOST)
     try:
@@ -310,10 +311,18 @@ def checkout(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     shutil.rmtree(server.avatars / "kim")
 
 
-def encode(path: Path) -> None:
-    """The first two seconds of the project's speech, as another kind of file."""
-    with wave.open(str(ROOT / "demo" / "speech.wav")) as file:
-        rate, data = file.getframerate(), file.readframes(2 * file.getframerate())
+def shorten(path: Path) -> None:
+    """The first two seconds of the project's speech, where the docs find all of it."""
+    path.parent.mkdir()
+    with wave.open(str(ROOT / "demo" / "speech.wav")) as whole, wave.open(str(path), "wb") as file:
+        file.setparams(whole.getparams())
+        file.writeframes(whole.readframes(2 * whole.getframerate()))
+
+
+def encode(source: Path, path: Path) -> None:
+    """The same, as another kind of file."""
+    with wave.open(str(source)) as file:
+        rate, data = file.getframerate(), file.readframes(file.getnframes())
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mp3", rate=rate, layout="mono")
         frame = av.AudioFrame(format="s16", layout="mono", samples=len(data) // 2)
