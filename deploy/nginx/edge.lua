@@ -7,7 +7,7 @@ ffi.cdef([[
 ]])
 
 local LEASE_SECONDS = 2 -- of a stream that sends nothing
-local LONG_SECONDS = 60 -- that a request of the kind "long" may take: its nginx location's read time-out
+local LONG_SECONDS = 60 -- that a request of the kinds "long" and "turn" may take: their nginx location's read time-out
 local HEALTHY_SECONDS = 5 -- after a replica's last canary
 local COMPRESSED = "Compressed requests are not taken."
 
@@ -165,11 +165,11 @@ function edge.forbid()
   return refuse(403, SENTENCES[403])
 end
 
--- Takes the first free place for a stream; a place comes free when its lease ends. `add` is atomic: no two get the same.
-local function take(prefix, places)
+-- Takes the first free place; it comes free when its lease ends. `add` is atomic: no two get the same.
+local function take(prefix, places, seconds)
   for number = 1, places do
     local place = prefix .. number
-    if leases:safe_add(place, true, LEASE_SECONDS) then
+    if leases:safe_add(place, true, seconds) then
       return place
     end
   end
@@ -193,12 +193,12 @@ local function admit(name)
   local lease = tenant.name .. "/" .. name
   -- of several requests that begin one stream, for several workers, the first one takes the places
   if not renew(lease, LEASE_SECONDS) and leases:add(lease, "", LEASE_SECONDS) then
-    local own = take(tenant.name .. "#", tenant.streams)
+    local own = take(tenant.name .. "#", tenant.streams, LEASE_SECONDS)
     if not own then
       leases:delete(lease)
       return refuse(429, "The tenant has as many streams as it may have at a time.", LEASE_SECONDS)
     end
-    local shared = take("#", machine_streams)
+    local shared = take("#", machine_streams, LEASE_SECONDS)
     if not shared then
       leases:delete(own)
       leases:delete(lease)
@@ -227,14 +227,26 @@ local function pass(protocol, model)
   if ngx.var.lease == "" and model ~= MODELS.rasterizer then -- whose operations belong to no stream
     admit("connection " .. ngx.var.connection)
   end
-  if model.kind == "long" then
-    renew(ngx.var.lease, LONG_SECONDS)
+  if model.kind == "chunk" then
+    return ngx.exec(protocol .. "chunk")
   end
-  return ngx.exec(protocol .. model.kind)
+  if model.kind == "turn" then -- a tenant has one for each of its streams, and one more while another is given up
+    local tenant = ngx.ctx.tenant
+    local place = take(("%s/%s#"):format(tenant.name, ngx.var.model), tenant.streams + 1, LONG_SECONDS)
+    if not place then
+      return refuse(429, "The tenant has as many requests to this model under way as it may have.", 1)
+    end
+    ngx.var.place = place
+  end
+  renew(ngx.var.lease, LONG_SECONDS)
+  return ngx.exec(protocol .. "long")
 end
 
 -- A request is answered. Was it a long one, its stream has as long as any other from now on.
 function edge.done()
+  if (ngx.var.place or "") ~= "" then
+    leases:delete(ngx.var.place)
+  end
   answers:incr(ngx.var.tenant .. " " .. (ngx.ctx.refused or ngx.status), 1, 0)
   local lease = ngx.var.lease
   if lease and lease ~= "" then

@@ -714,6 +714,41 @@ def test_a_replica_that_hangs_costs_two_seconds_once(alone: Callable[..., Alone]
     assert slow[0] < 10
 
 
+def test_a_tenant_can_not_fill_the_queue_of_a_model_that_takes_a_core(alone: Callable[..., Alone]) -> None:
+    with socket.socket() as hung:  # answers nobody, so that what is let in stays under way
+        hung.bind((HOST, 0))
+        hung.listen(64)
+        port = hung.getsockname()[1]
+        door = alone(Ports(port, port, port))
+
+        def code(model: str, tenant: str = "acme") -> object:
+            return door.refused(chunk(model=model), tenant=tenant, timeout=0.3).code()
+
+        def wait_until(condition: Callable[[], bool]) -> None:
+            deadline = time.monotonic() + PATIENCE
+            while not condition():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+
+        call = door.channel.unary_unary(f"{SERVICE}/ModelInfer")
+        metadata = [("authorization", f"Bearer {KEYS['acme']}"), *TESTS.items()]
+        body, places = chunk(model="tts").SerializeToString(), TENANTS["acme"][1] + 1
+        asked = [call.future(body, metadata=metadata, timeout=PATIENCE) for _ in range(places + 2)]
+        wait_until(lambda: sum(each.done() for each in asked) == 2)
+        under_way = [each for each in asked if not each.done()]
+        for error in (each.exception() for each in asked if each.done()):
+            assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "as many requests to this model" in error.details()
+            assert retry_after(error) == "1"
+        for model, tenant in (("transcribe", "acme"), ("tts", "globex")):  # these wait for their answers
+            assert code(model, tenant) == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert code("tts") == grpc.StatusCode.RESOURCE_EXHAUSTED
+        under_way[0].cancel()
+        wait_until(lambda: code("tts") == grpc.StatusCode.DEADLINE_EXCEEDED)  # there is room again
+        for each in under_way:
+            each.cancel()
+
+
 def test_a_clock_that_is_set_back_leaves_no_stream_in_for_ever(
     alone: Callable[..., Alone], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
