@@ -266,9 +266,7 @@ def _nods(
     within = np.clip(plates[:, None] + np.arange(-NOD_REACH, NOD_REACH + 1), 0, len(down) - 1)
     lowest = within[plates, down[within].argmax(1)]
     behind = np.array([_folded(place, len(down)) for place in range(loop)])  # if nobody nodded
-    middle = np.roll(
-        behind, -NOD_FRAMES // 2
-    )  # from there what was behind at first is within reach: depths are 0 or more
+    middle = np.roll(behind, -NOD_FRAMES // 2)  # what was behind at first is in reach from there: no depth is below 0
     ways, depths = lowest[middle] - middle, down[lowest[middle]] - down[behind]
     nods = []
     for first in range(0, loop - NOD_SLOT + 1, NOD_SLOT):
