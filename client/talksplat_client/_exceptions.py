@@ -119,6 +119,8 @@ def from_status(
         return ServerUnavailableError(f"the server at {url} has no memory left: {details}")
     if code == "UNAVAILABLE" and (reason := _tls_failure(details)):
         return TlsError(f"no secure connection to {url}: {reason}")
+    if code == "UNAVAILABLE" and "http1.x server" in details:  # so does nginx refuse who comes without TLS
+        return ServerUnavailableError(f"no talksplat server answers at {url} without TLS: see --tls, --ca, Tls()")
     if code == "UNAVAILABLE":
         return ServerUnavailableError(f"no talksplat server answers at {url}: {details.rpartition(': ')[2]}")
     if code == "RESOURCE_EXHAUSTED":

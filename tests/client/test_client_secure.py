@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import shutil
+import socket
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +135,24 @@ def test_a_client_without_tls_gets_nothing_from_a_server_with_it(
 ) -> None:
     with serving(certificate("IP:127.0.0.1")) as server, pytest.raises(ServerUnavailableError):
         ask(server.url, timeout=Timeout(connect=1))
+
+
+def test_who_comes_without_tls_to_nginx_learns_what_is_missing(ask: Callable[..., None]) -> None:
+    refusal = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):  # the door is closed
+                while True:
+                    visitor, _ = door.accept()
+                    with visitor:
+                        visitor.recv(4096)
+                        visitor.sendall(refusal)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        with pytest.raises(ServerUnavailableError, match="without TLS: see --tls, --ca"):
+            ask(f"127.0.0.1:{door.getsockname()[1]}", timeout=Timeout(connect=1))
 
 
 def test_a_ca_file_that_is_none_is_refused_at_once(tmp_path: Path) -> None:
