@@ -11,7 +11,7 @@ import { Turns } from "./turns.js";
 
 /** @import { Clock } from "./clock.js" */
 /** @import { Message, Responder } from "./replies.js" */
-/** @import { Stream } from "./stream.js" */
+/** @import { Stream, Voice } from "./stream.js" */
 /** @import { Triton } from "./triton.js" */
 
 /** @typedef {"idle" | "listening" | "thinking" | "speaking"} State */
@@ -50,6 +50,7 @@ export class Conversation {
   #attending = false;
   #turnBegin = 0; // sample
   #speechEnd = 0; // sample
+  #answered = 0; // sample: up to which what was said is answered
   /** @type {Guess | null} */
   #guess = null;
   /** @type {AbortController | null} of what the avatar says */
@@ -110,8 +111,7 @@ export class Conversation {
 
   /** The microphone is off: what was begun is over. */
   deafen() {
-    this.#drop();
-    this.#turns = new Turns(this.#settings, this.#clock.fps, this.#clock.maxUtteranceSeconds);
+    this.#forgetTurn();
     this.#seen = this.#tape.end;
     this.#stream.listening = 0;
     if (this.#state === "listening") this.#become("idle");
@@ -122,8 +122,8 @@ export class Conversation {
    * @param {string} text
    */
   say(text) {
-    const abort = this.#begin();
-    return this.#speak(this.#spoken(each(sentences(text)), abort.signal), abort);
+    const { signal } = this.#begin();
+    return this.#speak(this.#spoken(each(sentences(text)), signal), signal, this.#stream.speak());
   }
 
   /**
@@ -131,8 +131,8 @@ export class Conversation {
    * @param {Float32Array} samples at the server's rate
    */
   play(samples) {
-    const abort = this.#begin();
-    return this.#speak(this.#captioned(samples, abort.signal), abort);
+    const { signal } = this.#begin();
+    return this.#speak(this.#captioned(samples, signal), signal, this.#stream.speak());
   }
 
   /** Silence the avatar. */
@@ -142,13 +142,15 @@ export class Conversation {
   }
 
   #silence() {
-    this.#saying?.abort();
+    if (!this.#saying) return;
+    this.#saying.abort();
     this.#saying = null;
     this.#stream.hush();
   }
 
-  /** What takes the place of what the avatar says. */
+  /** What takes the place of what the avatar says, or of the answer to what it hears. */
   #begin() {
+    this.#forgetTurn();
     this.#silence();
     this.#saying = new AbortController();
     this.#become("thinking");
@@ -183,7 +185,8 @@ export class Conversation {
   #decide(event, position) {
     if (event === "begin") {
       const began = position - Math.round(this.#settings.begin_seconds * this.#clock.sampleRate);
-      this.#turnBegin = began - Math.round(this.#settings.run_in_seconds * this.#clock.sampleRate);
+      const runIn = Math.round(this.#settings.run_in_seconds * this.#clock.sampleRate);
+      this.#turnBegin = Math.max(this.#answered, began - runIn);
       if (this.#state === "speaking" || this.#state === "thinking") {
         this.#silence();
         this.#measure({ interruption: performance.now() - this.#heard(began) });
@@ -200,12 +203,12 @@ export class Conversation {
   }
 
   /**
-   * Find out what was said so far, and begin to answer it.
+   * Find out what was said so far, and make ready to answer it when the turn ends.
    * @param {number} end sample
    */
   #recognise(end) {
     this.#drop();
-    const guess = new Guess();
+    const guess = new Guess(end);
     this.#guess = guess;
     const { signal } = guess.abort;
     const began = performance.now();
@@ -215,12 +218,14 @@ export class Conversation {
         guess.text = text;
         guess.recognised = performance.now();
         this.#measure({ recognition: guess.recognised - began });
+        const event = this.#turns.recognised(text);
         if (text) {
           this.#tell.caption("you", text, false);
           const messages = [...this.#messages, { role: /** @type {const} */ ("user"), content: text }];
-          guess.pieces = ahead(this.#spoken(this.#reply(messages, guess), signal, guess));
+          guess.voice = this.#stream.prepare(this.#turns.left);
+          this.#speak(this.#spoken(this.#reply(messages, guess), signal, guess), signal, guess.voice, guess);
         }
-        this.#decide(this.#turns.recognised(text), end);
+        this.#decide(event, end);
       })
       .catch(error => {
         if (signal.aborted) return;
@@ -244,35 +249,34 @@ export class Conversation {
   #answer() {
     const guess = this.#guess;
     this.#guess = null;
-    if (!guess?.pieces || !guess.text) {
-      this.#stream.listening = 0;
+    this.#stream.listening = 0;
+    if (!guess?.voice) {
       if (this.#state === "listening") this.#become("idle"); // a noise
       return;
     }
-    const spoken = this.#heard(this.#speechEnd);
-    this.#measure({ endOfSpeech: performance.now() - spoken });
+    guess.ended = this.#heard(this.#speechEnd);
+    guess.confirmed = performance.now();
+    this.#answered = guess.end;
+    this.#measure({ endOfSpeech: guess.confirmed - guess.ended });
     this.#messages.push({ role: "user", content: guess.text });
     this.#tell.caption("you", guess.text, true);
-    this.#saying?.abort();
     this.#saying = guess.abort;
     this.#become("thinking");
-    const confirmed = performance.now();
-    this.#speak(guess.pieces, guess.abort, () => {
-      const ready = Math.max(confirmed, guess.sounded);
-      const now = performance.now();
-      this.#measure({
-        reply: guess.replied - guess.recognised,
-        voice: guess.sounded - guess.replied,
-        firstFrame: now - ready,
-        answer: now - spoken,
-      });
-    });
+    guess.voice.release();
+    guess.wanted.resolve(undefined);
   }
 
   /** Give up a guess. */
   #drop() {
-    this.#guess?.abort.abort();
+    if (!this.#guess) return;
+    this.#guess.abort.abort();
+    if (this.#guess.voice) this.#stream.hush();
     this.#guess = null;
+  }
+
+  #forgetTurn() {
+    this.#drop();
+    this.#turns = new Turns(this.#settings, this.#clock.fps, this.#clock.maxUtteranceSeconds);
   }
 
   /**
@@ -321,48 +325,43 @@ export class Conversation {
   /**
    * Put pieces into the stream, with captions when they are heard.
    * @param {AsyncIterable<Piece>} pieces
-   * @param {AbortController} abort
-   * @param {() => void} [begun] called when the first is heard
+   * @param {AbortSignal} signal
+   * @param {Voice} voice
+   * @param {Guess} [guess] whose answer this is; until it is wanted nothing is heard
    */
-  async #speak(pieces, abort, begun) {
-    const { signal } = abort;
-    const voice = this.#stream.speak();
+  async #speak(pieces, signal, voice, guess) {
+    /** @type {{text: string, begin: number, end: number}[]} */
+    const said = []; // the frames of each text
     let first = true;
     const heard = (/** @type {string | undefined} */ caption) => {
-      if (signal.aborted) return;
       if (first) {
         first = false;
         this.#become("speaking");
-        begun?.();
+        if (guess) this.#measureAnswer(guess);
       }
-      if (caption) this.#told(caption);
+      if (caption) this.#tell.caption("avatar", caption, true);
     };
     try {
       for await (const { samples, caption } of pieces) {
         signal.throwIfAborted();
-        this.#stream.listening = 0; // not before, since what is shown next is asked for anew each time
-        await voice.push(samples, () => heard(caption));
+        const frames = await voice.push(samples, () => heard(caption));
+        const last = said.at(-1);
+        if (frames && caption) said.push({ text: caption, ...frames });
+        else if (frames && last) last.end = frames.end;
       }
       voice.end();
-      await voice.done;
     } catch (error) {
-      if (signal.aborted) return;
       voice.end(); // what was said up to here is heard
-      this.#fail(error);
-      await voice.done;
+      await guess?.wanted.promise;
+      if (!signal.aborted) this.#fail(error);
     }
+    const content = heardOf(said, await voice.done);
+    if (content) this.#messages.push({ role: "assistant", content });
+    await guess?.wanted.promise;
     if (signal.aborted) return;
     this.#saying = null;
     this.#stream.listening = 0;
     this.#become("idle");
-  }
-
-  /** @param {string} text */
-  #told(text) {
-    this.#tell.caption("avatar", text, true);
-    const last = this.#messages.at(-1);
-    if (last?.role === "assistant") last.content += ` ${text}`;
-    else this.#messages.push({ role: "assistant", content: text });
   }
 
   /**
@@ -371,6 +370,17 @@ export class Conversation {
    */
   #heard(position) {
     return this.#heardAt - (1e3 * (this.#tape.end - position)) / this.#clock.sampleRate;
+  }
+
+  /** @param {Guess} guess whose answer begins to be heard */
+  #measureAnswer({ ended, recognised, replied, sounded, confirmed }) {
+    const now = performance.now();
+    this.#measure({
+      reply: replied - recognised,
+      voice: sounded - replied,
+      firstFrame: now - Math.max(confirmed, sounded),
+      answer: now - ended,
+    });
   }
 
   /** @param {Stages} stages */
@@ -393,16 +403,24 @@ export class Conversation {
   }
 }
 
-/** What the user has probably said, and what is being answered. */
+/** What the user has probably said, and the answer to it. */
 class Guess {
   abort = new AbortController();
   text = "";
-  /** @type {AsyncIterable<Piece> | null} */
-  pieces = null;
+  /** @type {Voice | null} */
+  voice = null;
+  wanted = Promise.withResolvers(); // resolved when the turn is over: the guess was right
   // ms
+  ended = 0; // the user's speech
   recognised = 0;
   replied = 0;
   sounded = 0;
+  confirmed = 0;
+
+  /** @param {number} end sample: of what it is made of */
+  constructor(end) {
+    this.end = end;
+  }
 }
 
 /**
@@ -414,36 +432,16 @@ async function* each(values) {
 }
 
 /**
- * Takes what a generator yields as soon as it comes, for whoever wants it later.
- * @template T
- * @param {AsyncGenerator<T>} generator
- * @returns {AsyncIterable<T>}
+ * What was heard up to a frame; of a text that was cut off as many words as it had time for, and a dash.
+ * @param {{text: string, begin: number, end: number}[]} said
+ * @param {number} frame
  */
-export function ahead(generator) {
-  /** @type {T[]} */
-  const taken = [];
-  let more = Promise.withResolvers();
-  let ended = false;
-  let failure = /** @type {{error: unknown} | null} */ (null);
-  (async () => {
-    try {
-      for await (const value of generator) {
-        taken.push(value);
-        more.resolve(undefined);
-      }
-    } catch (error) {
-      failure = { error };
-    }
-    ended = true;
-    more.resolve(undefined);
-  })();
-  return (async function* () {
-    for (;;) {
-      while (taken.length) yield/** @type {T} */ (taken.shift());
-      if (failure) throw failure.error;
-      if (ended) return;
-      await more.promise;
-      more = Promise.withResolvers();
-    }
-  })();
+function heardOf(said, frame) {
+  const heard = said.map(({ text, begin, end }) => {
+    if (frame >= end) return text;
+    const words = text.split(/\s+/);
+    const count = Math.floor((words.length * (frame - begin)) / (end - begin));
+    return count > 0 ? `${words.slice(0, count).join(" ")} —` : "";
+  });
+  return heard.filter(Boolean).join(" ");
 }

@@ -136,7 +136,6 @@ export class Player {
   drop(frame) {
     for (const { picture } of this.#queue.filter(({ index }) => index >= frame)) picture.close();
     this.#queue = this.#queue.filter(({ index }) => index < frame);
-    this.#cues = this.#cues.filter(each => each.frame < frame);
     const end = this.#epoch + frame / this.#clock.fps;
     for (const sound of this.#sounds.filter(each => each.end > end)) {
       sound.source.stop(Math.max(0, end - this.#offset));
@@ -144,8 +143,9 @@ export class Player {
     }
   }
 
-  /** Silence, now. */
+  /** Silence, now; nobody is called back. */
   hush() {
+    this.#cues = [];
     const context = this.#context;
     if (!context || !this.#volume) return;
     const silenced = this.#volume;

@@ -36,7 +36,7 @@ export class Stream {
   #end = 0; // frame after the last that the screen has
   /** @type {Map<number, AbortController>} */
   #calls = new Map();
-  /** @type {Map<number, {pictures: ImageBitmap[], samples: Float32Array<ArrayBuffer>}>} */
+  /** @type {Map<number, {first: number, pictures: ImageBitmap[], samples: Float32Array<ArrayBuffer>}>} */
   #ready = new Map();
   /** @type {Map<number, number>} how much the face listens at a chunk's end, 0 to 1 */
   #listened = new Map();
@@ -102,10 +102,25 @@ export class Stream {
 
   /** Begin to speak; a voice that still speaks is broken off. */
   speak() {
+    const voice = this.prepare(0);
+    voice.release();
+    return voice;
+  }
+
+  /**
+   * Make ready to speak in so many seconds: what is said is animated, and shown once the voice is released.
+   * @param {number} seconds
+   */
+  prepare(seconds) {
     this.hush();
+    const due = this.#screen.frameAfter(seconds);
     this.#voice = new Voice(
-      samples => this.#say(samples),
+      samples => this.#say(samples, due),
       this.#screen,
+      () => {
+        this.#place();
+        this.#wake();
+      },
       () => this.#ended(),
     );
     return this.#voice;
@@ -121,12 +136,13 @@ export class Stream {
   }
 
   /**
-   * How much the face listens from now on, 0 to 1.
+   * How much the face listens from now on, 0 to 1; while it speaks it does not.
    * @param {number} listening
    */
   set listening(listening) {
     if (listening === this.#listening) return;
     this.#listening = listening;
+    if (this.#voice) return;
     const chunk = Math.ceil(this.#soonest(this.#latency) / this.#clock.chunkFrames);
     if (chunk < this.#next) this.#revise(chunk * this.#clock.chunkFrames);
   }
@@ -142,13 +158,14 @@ export class Stream {
     if (!voice) return;
     this.#voice = null;
     const spf = this.#clock.samplesPerFrame;
-    if (this.#tape.end > this.#soonest() * spf) {
+    const heard = this.#soonest();
+    if (this.#tape.end > heard * spf) {
       const frame = this.#soonest(this.#latency);
       this.#screen.hush();
       this.#tape.endAt(Math.min(this.#tape.end, frame * spf));
       this.#revise(frame);
     }
-    voice.settle();
+    voice.settle(heard);
   }
 
   /**
@@ -176,11 +193,13 @@ export class Stream {
   /**
    * Put samples into the stream, as soon as that can be or after those before them.
    * @param {Float32Array} samples
+   * @param {number} due the first frame that may speak
    * @returns {{begin: number, end: number}} the frames in which they do
    */
-  #say(samples) {
+  #say(samples, due) {
     const spf = this.#clock.samplesPerFrame;
-    const begin = Math.max(this.#tape.end, this.#soonest(EAGERNESS * this.#latency) * spf);
+    const soonest = Math.max(this.#soonest(EAGERNESS * this.#latency), Math.min(due, this.#end));
+    const begin = Math.max(this.#tape.end, soonest * spf);
     this.#tape.endAt(begin);
     this.#tape.append(samples);
     const frames = { begin: Math.floor(begin / spf), end: Math.floor(this.#tape.end / spf) };
@@ -195,7 +214,7 @@ export class Stream {
     const frame = Math.ceil(this.#tape.end / this.#clock.samplesPerFrame);
     this.#screen.at(frame, () => {
       if (this.#voice === voice) this.#voice = null;
-      voice?.settle();
+      voice?.settle(frame);
     });
   }
 
@@ -237,7 +256,7 @@ export class Stream {
     const window = clock.windowStart(this.#next);
     const voice = this.#tape.end;
     if (this.#paused && !this.#voice && voice <= window) return Number.POSITIVE_INFINITY;
-    if (this.#voice?.begun && this.#voice.open && voice < window + clock.window) {
+    if (this.#voice?.open && Number.isFinite(this.#voice.begin) && voice < window + clock.window) {
       return ahead - URGENT - this.#latency - this.#screen.soundLead; // what it says next may come in time
     }
     return ahead - (voice > this.#next * clock.chunk ? SPEAKING_AHEAD : RESTING_AHEAD);
@@ -259,7 +278,7 @@ export class Stream {
           return;
         }
         this.#calls.delete(chunk);
-        this.#ready.set(chunk, { pictures, samples });
+        this.#ready.set(chunk, { first: chunk * clock.chunkFrames, pictures, samples });
         this.#place();
         this.#wake();
       })
@@ -296,56 +315,66 @@ export class Stream {
   }
 
   /**
-   * Parameters: how much the face listens from a chunk's start to its end, without a jump; of a chunk that is shown in part, as
-   * before.
+   * Parameters: how much the face listens from a chunk's start to its end, without a jump; of a chunk that is shown in
+   * part, as before.
    * @param {number} chunk
    * @returns {Record<string, number>}
    */
   #listen(chunk) {
     const before = this.#listened.get(chunk - 1) ?? 0;
     const shown = this.#end > chunk * this.#clock.chunkFrames ? this.#listened.get(chunk) : undefined;
-    const step = Math.min(LISTENING_STEP, Math.max(-LISTENING_STEP, this.#listening - before));
+    const wanted = this.#tape.end > chunk * this.#clock.chunk ? 0 : this.#listening;
+    const step = Math.min(LISTENING_STEP, Math.max(-LISTENING_STEP, wanted - before));
     const after = shown ?? before + step;
     this.#listened.set(chunk, after);
     this.#listened.delete(chunk - 50);
     return before || after ? { listening_before: Math.round(100 * before), listening: Math.round(100 * after) } : {};
   }
 
-  /** Hand over what is there, in order. */
+  /** Hand over what is there and not held, in order. */
   #place() {
+    const spf = this.#clock.samplesPerFrame;
+    const limit = this.#voice?.held ? this.#voice.begin : Number.POSITIVE_INFINITY;
     for (;;) {
       const ready = this.#ready.get(this.#placed);
       if (!ready) return;
-      this.#ready.delete(this.#placed);
-      const first = this.#placed * this.#clock.chunkFrames;
-      const skipped = Math.max(0, this.#end - first); // the screen has them, or has shown them
+      const skipped = Math.max(0, this.#end - ready.first); // the screen has them, or has shown them
       for (const picture of ready.pictures.splice(0, skipped)) picture.close();
-      this.#screen.place(first + skipped, ready.pictures, ready.samples.slice(skipped * this.#clock.samplesPerFrame));
-      this.#placed++;
-      this.#end = this.#placed * this.#clock.chunkFrames;
+      const first = ready.first + skipped;
+      const pictures = ready.pictures.splice(0, Math.max(0, limit - first));
+      const rest = (skipped + pictures.length) * spf;
+      if (pictures.length) this.#screen.place(first, pictures, ready.samples.slice(skipped * spf, rest));
+      this.#end = ready.first = first + pictures.length;
+      ready.samples = ready.samples.slice(rest);
+      if (ready.pictures.length) return; // held
+      this.#ready.delete(this.#placed++);
     }
   }
 }
 
 /** What is being said. */
-class Voice {
+export class Voice {
   #say;
   #screen;
+  #show;
   #end;
-  #settle = () => {};
+  #settle = (/** @type {number} */ _frame) => {};
   open = true; // more may come
-  begun = false;
+  held = true; // nothing is shown
+  begin = Number.POSITIVE_INFINITY; // its first frame
 
   /**
    * @param {(samples: Float32Array) => {begin: number, end: number}} say tells the frames
    * @param {Screen} screen
+   * @param {() => void} show
    * @param {() => void} end
    */
-  constructor(say, screen, end) {
+  constructor(say, screen, show, end) {
     this.#say = say;
     this.#screen = screen;
+    this.#show = show;
     this.#end = end;
-    /** @type {Promise<void>} resolved when it was heard to its end, or broken off */
+    /** @type {Promise<number>} resolved with the frame at which it had ended, or was broken off */
     this.done = new Promise(resolve => {
       this.#settle = resolve;
     });
@@ -355,15 +384,16 @@ class Voice {
    * Say this next.
    * @param {Float32Array} samples at the server's rate
    * @param {() => void} [heard] called when its first frame is drawn
-   * @returns {Promise<void>} resolved when more is wanted
+   * @returns the frames in which it is said, when more is wanted
    */
   async push(samples, heard) {
     if (!this.open || !samples.length) return;
-    this.begun = true;
     const { begin, end } = this.#say(samples);
+    this.begin = Math.min(this.begin, begin);
     if (heard) this.#screen.at(begin, heard);
     const excess = this.#screen.ahead(end) - ENOUGH;
     if (excess > 0) await Promise.race([this.done, pause(excess)]);
+    return { begin, end };
   }
 
   /** Nothing more will come. */
@@ -373,9 +403,18 @@ class Voice {
     this.#end();
   }
 
-  /** It was heard to its end, or is broken off. */
-  settle() {
+  /** It may be shown. */
+  release() {
+    this.held = false;
+    this.#show();
+  }
+
+  /**
+   * It was heard to its end, or is broken off.
+   * @param {number} frame
+   */
+  settle(frame) {
     this.open = false;
-    this.#settle();
+    this.#settle(frame);
   }
 }

@@ -13,7 +13,7 @@
 export class Turns {
   #settings;
   #unfinished;
-  #frames; // of so many seconds
+  #fps;
   #longest; // frames
   #speech = 0; // frames of it in a row
   #silence = 0; // frames of it since the last speech
@@ -30,7 +30,7 @@ export class Turns {
   constructor(settings, fps, longest) {
     this.#settings = settings;
     this.#unfinished = new RegExp(settings.unfinished, "i");
-    this.#frames = (/** @type {number} */ seconds) => Math.round(seconds * fps);
+    this.#fps = fps;
     this.#longest = this.#frames(longest);
   }
 
@@ -67,15 +67,24 @@ export class Turns {
     return this.#decide();
   }
 
+  /** Seconds of silence that are still wanted; 0 where the turn is over, or its text not known. */
+  get left() {
+    if (this.#text === null) return 0;
+    const { finished_seconds, unfinished_seconds } = this.#settings;
+    const silence = this.#frames(this.#unfinished.test(this.#text) ? unfinished_seconds : finished_seconds);
+    return Math.max(0, Math.min(silence - this.#silence, this.#longest - this.#lasted)) / this.#fps;
+  }
+
   /** @returns {"end" | null} */
   #decide() {
-    if (this.#text === null) return null;
-    const { finished_seconds, unfinished_seconds } = this.#settings;
-    const seconds = this.#unfinished.test(this.#text) ? unfinished_seconds : finished_seconds;
-    if (this.#silence < this.#frames(seconds) && this.#lasted < this.#longest) return null;
+    if (this.#text === null || this.left > 0) return null;
     this.inTurn = false;
     this.#text = null;
     this.#silence = this.#lasted = 0;
     return "end";
+  }
+  /** @param {number} seconds */
+  #frames(seconds) {
+    return Math.round(seconds * this.#fps);
   }
 }

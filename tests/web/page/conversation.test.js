@@ -18,6 +18,7 @@ const SPEECH = 0.5; // of a second, that a sentence takes
 class ScriptedModels {
   requests = [];
   text = "A large coffee, please.";
+  conversations = []; // that were answered
   refuses = false;
 
   async infer(model, request, { signal }) {
@@ -63,13 +64,23 @@ class ScriptedModels {
   }
 }
 
+function remembering({ name, answer }, { conversations }) {
+  return {
+    name,
+    answer: (messages, signal) => {
+      conversations.push(messages);
+      return answer(messages, signal);
+    },
+  };
+}
+
 async function talking(use) {
   const models = new ScriptedModels();
   const screen = new ScriptedScreen();
   const decode = async () => ({ close: () => {} });
   const stream = new Stream(models, clock, screen, { avatar: "kim", model: "animate", seed: 0 }, decode);
   const told = { states: [], captions: [], problems: [], stages: {} };
-  const conversation = new Conversation(models, clock, stream, settings, () => script(rules), {
+  const conversation = new Conversation(models, clock, stream, settings, () => remembering(script(rules), models), {
     state: state => told.states.push(state),
     caption: (who, text, final) => final && told.captions.push(`${who}: ${text}`),
     stages: stages => Object.assign(told.stages, stages),
@@ -119,9 +130,38 @@ test("the answer is there before it is certain that the user has ended", () =>
   talking(async ({ told, models, speak, wait }) => {
     await speak(1);
     while (!told.states.includes("thinking")) {
-      await wait(0.04);
+      await wait(0.01);
     }
     assert.ok(models.of("tts").some(({ answered }) => answered));
+    assert.ok(models.of("animate").some(({ answered }) => answered));
+    assert.deepEqual(told.states, ["listening", "thinking"]);
+    await wait(0.1);
+    assert.deepEqual(told.states, ["listening", "thinking", "speaking"]);
+  }));
+
+test("who does not stop is answered after the greatest length, and then again", () =>
+  talking(async ({ told, models, speak, wait }) => {
+    await speak(clock.maxUtteranceSeconds + 2);
+    await wait(2);
+    const [first, second] = told.captions.filter(each => each.startsWith("you"));
+    assert.ok(first && second);
+    const heard = models.of("transcribe").map(({ AUDIO }) => AUDIO.filter(Boolean).length / clock.sampleRate);
+    assert.ok(Math.max(...heard) <= clock.maxUtteranceSeconds + settings.run_in_seconds);
+    assert.ok(heard.reduce((sum, each) => sum + each) > clock.maxUtteranceSeconds + 1.5);
+  }));
+
+test("of an interrupted answer what was heard is remembered, with a dash", () =>
+  talking(async ({ models, told, conversation, screen, speak, wait }) => {
+    const whole = conversation.say("One of these. Two and three and four and five.");
+    while (told.captions.length < 2) await screen.run(0.01);
+    await screen.run(0.2);
+    await speak(0.6);
+    await whole;
+    await wait(3);
+    const [said] = models.conversations[0];
+    assert.equal(said.role, "assistant");
+    assert.match(said.content, /^One of these\. Two and .* —$/);
+    assert.doesNotMatch(said.content, /five/);
   }));
 
 test("who goes on after a pause is not cut off", () =>

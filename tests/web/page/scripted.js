@@ -93,11 +93,11 @@ export class ScriptedScreen {
 
   drop(frame) {
     this.queue = this.queue.filter(({ index }) => index < frame);
-    this.cues = this.cues.filter(each => each.frame < frame);
   }
 
   hush() {
     this.hushed++;
+    this.cues = [];
   }
 
   at(frame, cue) {

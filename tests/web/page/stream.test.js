@@ -166,6 +166,56 @@ test("who is interrupted falls silent at once, and the frames go on", () =>
     assert.equal(stream.speaking, false);
   }));
 
+test("a voice is made ready, and shown when it is released", () =>
+  watching(async ({ stream, screen, triton }) => {
+    await screen.run(0.5);
+    const before = screen.held;
+    const voice = stream.prepare(0.2);
+    let first = 0;
+    voice.push(tone(1), () => {
+      first = screen.time;
+    });
+    voice.end();
+    await screen.run(0.26); // longer than was announced
+    assert.ok(triton.requests.some(({ AUDIO }) => AUDIO));
+    assert.equal(heard(screen).length, 0);
+    assert.equal(first, 0);
+    voice.release();
+    const released = screen.time;
+    await screen.run(1.5);
+    await voice.done;
+    assert.ok(first - released < 0.02, `${first - released} s`);
+    assertWhole(screen);
+    assert.deepEqual(heard(screen), tone(1));
+    assert.ok(screen.held - before < 0.11, `${screen.held - before} s`);
+  }));
+
+test("of a voice that was made ready in vain nothing is seen or heard", () =>
+  watching(async ({ stream, screen }) => {
+    await screen.run(0.5);
+    const voice = stream.prepare(0.2);
+    voice.push(tone(1), () => assert.fail("it was not released"));
+    await screen.run(0.3);
+    stream.hush();
+    await screen.run(1.5);
+    assertWhole(screen);
+    assert.ok(screen.shown.length > 45);
+    assert.equal(heard(screen).length, 0);
+  }));
+
+test("what begins with a short piece tells so", () =>
+  watching(async ({ stream, screen }) => {
+    await screen.run(0.4);
+    const voice = stream.speak();
+    const told = [];
+    voice.push(tone(0.01), () => told.push("first"));
+    await screen.run(0.01);
+    voice.push(tone(0.5), () => told.push("second"));
+    voice.end();
+    await screen.run(1.5);
+    assert.deepEqual(told, ["first", "second"]);
+  }));
+
 test("a voice that takes the place of another begins without it", () =>
   watching(async ({ stream, screen }) => {
     await screen.run(0.4);
