@@ -381,7 +381,7 @@ class Server:
         ]
 
     def _wait_until_serving(self, deadline: float) -> None:
-        while not _is_ready(self.ports.http):
+        while not (_is_ready(self.ports.http) and self._listens()):
             assert self._process is not None
             if (code := self._process.poll()) is not None:
                 raise StartError(f"tritonserver ended with {code} while starting.{self._reasons()}")
@@ -393,6 +393,19 @@ class Server:
             self.canary(max(1.0, deadline - time.monotonic()))
         except NotServingError as error:
             raise StartError(f"{error}{self._reasons()}") from error
+
+    def _listens(self) -> bool:
+        """Whether the ports are its own: another server may have taken one while the models were loaded.
+
+        That one's answers would pass for this one's, and it may know nothing of tenants.
+        """
+        assert self._process is not None
+        listening = set()
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            for each in psutil.Process(self._process.pid).net_connections("tcp"):
+                if each.status == psutil.CONN_LISTEN:
+                    listening.add(each.laddr.port)
+        return listening >= set(vars(self.ports).values())
 
     def _processes(self) -> list[psutil.Process]:
         if self._process is None:

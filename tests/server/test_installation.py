@@ -98,6 +98,13 @@ def test_stubs_run_in_this_environment(container: Path, repository: Path, tmp_pa
     assert "nvidia_pytriton.libs" not in environment["LD_LIBRARY_PATH"]
 
 
+def test_another_server_that_takes_the_ports_meanwhile_does_not_pass_for_this_one(
+    container: Path, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_is_ready", lambda port: True)  # says the other one
+    said(Server(repository, tmp_path, ports=Ports.free()), tmp_path)
+
+
 def test_the_container_knows_every_option(container: Path, repository: Path, tmp_path: Path) -> None:
     server = Server(
         repository, tmp_path, trace=Trace("http://127.0.0.1:4318/v1/traces"), shared_memory=True, ports=Ports.free()
