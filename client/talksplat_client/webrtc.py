@@ -70,7 +70,7 @@ class AvatarTracks(LiveStream[Never]):
     async def close(self) -> None:
         """End the stream and its tracks."""
         await super().close()
-        self.audio.stop()
+        await self.audio.end()
 
 
 class AudioTrack(MediaStreamTrack):
@@ -86,12 +86,13 @@ class AudioTrack(MediaStreamTrack):
     ) -> None:
         super().__init__()
         self._moments, self._video, self._frame = moments, video, frame
+        self._coming: asyncio.Future[Moment | None] | None = None  # the next moment, which outlives a cancelled `recv`
         self._packets: deque[npt.NDArray[np.int16]] = deque()  # of the frame that is shown
         self._due = 0.0  # when the next is, on the event loop's clock
         self._pts = 0
 
     async def recv(self) -> av.AudioFrame:
-        """The next 20 ms, when they are due.
+        """The next 20 ms, when they are due. It may be cancelled, and called again: nothing is lost.
 
         Raises:
             MediaStreamError: the track has ended.
@@ -113,17 +114,24 @@ class AudioTrack(MediaStreamTrack):
         super().stop()
         self._video.stop()
 
+    async def end(self) -> None:
+        """End both tracks, once the moments have ended."""
+        self.stop()
+        if self._coming is not None:
+            await asyncio.wait([self._coming])
+
     async def _advance(self) -> None:
         """The next frame."""
-        moment = None
+        if self._coming is None:
+            self._coming = asyncio.ensure_future(anext(self._moments, None))
         try:
-            moment = await anext(self._moments, None)
+            moment = await asyncio.shield(self._coming)  # a cancelled generator would be at its end
         except TalksplatError as error:
+            self.stop()
             raise MediaStreamError from error
-        finally:
-            if moment is None:
-                self.stop()
+        self._coming = None
         if moment is None:
+            self.stop()
             raise MediaStreamError
         sound = np.zeros(self._frame, np.int16) if moment.sound is None else moment.sound
         self._packets.extend(np.split(sound, range(PACKET, self._frame, PACKET)))

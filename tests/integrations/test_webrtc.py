@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from aiortc import MediaStreamTrack, RTCPeerConnection
+from aiortc.contrib.media import MediaBlackhole
 from aiortc.mediastreams import MediaStreamError
 from presence import loud, no_leaks, wait_until
 from scripted_server import ScriptedServer
@@ -167,6 +169,31 @@ async def test_tracks_end_when_the_server_is_lost_and_who_speaks_is_told_why() -
             with pytest.raises(ServerUnavailableError):
                 tracks.say(steps(1), SAMPLE_RATE)
             await tracks.close()
+
+
+def test_a_recv_that_is_cancelled_loses_nothing_and_the_tracks_live_on() -> None:
+    async def work() -> tuple[list[int], list[int]]:
+        tracks = await AvatarTracks.load(SimulatedServer().client(), "ava")
+        tracks.say(steps(2), SAMPLE_RATE)
+        tracks.finish()
+        blackhole = MediaBlackhole()  # stops by a cancellation, as a wait_for that is out of time
+        blackhole.addTrack(tracks.video)
+        await blackhole.start()
+        heard = []
+        while len(heard) < 150:
+            with contextlib.suppress(TimeoutError):
+                heard.append(await asyncio.wait_for(tracks.audio.recv(), 0.007))
+            if len(heard) == 100:
+                await blackhole.stop()
+        assert (await tracks.video.recv()).pts is not None
+        await tracks.close()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        loud = np.concatenate([packet.to_ndarray()[0] for packet in heard])
+        return [packet.pts or 0 for packet in heard], np.trim_zeros(loud).tolist()
+
+    pts, loud = simulate(work())
+    assert np.diff(pts).tolist() == [PACKET * SAMPLE_RATE] * 149
+    assert loud == steps(2).tolist()
 
 
 def test_frames_that_nobody_takes_in_time_are_left_out() -> None:
