@@ -490,7 +490,11 @@ def test_what_images_copy_is_there_and_not_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("cpu", {"deploy/nginx", "client/web"}), ("gpu", {"avatars/ava", "demo/speech.wav"})]
+    ("name", "more"),
+    [
+        ("cpu", {"deploy/nginx", "client/web", "client/talksplat_client/conversation.json"}),
+        ("gpu", {"avatars/ava", "demo/speech.wav"}),
+    ],
 )
 def test_images_have_what_the_code_looks_for_beside_it(name: str, more: set[str]) -> None:
     """The edge renders its configuration and serves the page; plans are checked on the recording and the avatar."""
