@@ -307,14 +307,12 @@ class WebmWriter(_Film):
 
 
 class WebpWriter(_Film):
-    """An animated WebP, which repeats without end and has no sound. See `Writer` for arguments and errors.
-
-    It is made when the last frame is there, and lies in memory until then: for seconds, not for minutes.
-    """
+    """An animated WebP, which repeats without end and has no sound. See `Writer` for arguments and errors."""
 
     format = "webp"
     pipes = False
-    video = ("libwebp_anim", {"quality": "80", "compression_level": "2"})
+    # libwebp_anim makes files a sixth smaller, and keeps 4 bytes a pixel of each frame in memory.
+    video = ("libwebp", {"quality": "80", "compression_level": "2"})
     options: ClassVar = {"loop": "0"}
 
     def _describe(self) -> None:

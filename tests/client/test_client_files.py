@@ -141,7 +141,7 @@ def test_an_animated_webp_repeats_and_has_each_picture_at_its_time(tmp_path: Pat
     path = tmp_path / "out.webp"
     write(path)
     with WebPImageFile(path) as image:
-        assert image.n_frames == 3  # equal ones become one
+        assert image.n_frames == 50
         seconds, colors = 0.0, {}
         for index in range(image.n_frames):
             image.seek(index)
@@ -149,7 +149,7 @@ def test_an_animated_webp_repeats_and_has_each_picture_at_its_time(tmp_path: Pat
             colors[round(seconds, 3)] = pixels[32, 32]
             seconds += image.info["duration"] / 1000
         assert image.info["loop"] == 0
-    assert seconds == pytest.approx(2, abs=0.041)
+    assert seconds == pytest.approx(2)
     np.testing.assert_allclose(colors[1.0], FLASH, atol=20)
     np.testing.assert_allclose(colors[0.0], QUIET, atol=20)
 

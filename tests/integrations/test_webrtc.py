@@ -179,7 +179,7 @@ def test_a_recv_that_is_cancelled_loses_nothing_and_the_tracks_live_on() -> None
         blackhole = MediaBlackhole()  # stops by a cancellation, as a wait_for that is out of time
         blackhole.addTrack(tracks.video)
         await blackhole.start()
-        heard = []
+        heard: list[Any] = []
         while len(heard) < 150:
             with contextlib.suppress(TimeoutError):
                 heard.append(await asyncio.wait_for(tracks.audio.recv(), 0.007))
