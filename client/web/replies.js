@@ -9,7 +9,7 @@ import { TalksplatError } from "./triton.js";
  * that this is a script.
  * @typedef {{hears: string, says: string}} Rule
  */
-/** @typedef {{name: string, answer: (messages: Message[], signal: AbortSignal) => AsyncGenerator<string>}} Responder */
+/** @typedef {{answer: (messages: Message[], signal: AbortSignal) => AsyncGenerator<string>}} Responder */
 
 const PROMPT =
   "You are a friendly talking avatar. What you write is spoken aloud: answer in one to three short sentences, " +
@@ -21,7 +21,6 @@ const PROMPT =
  */
 export function script(rules) {
   return {
-    name: "a script",
     async *answer(messages) {
       const text = messages.at(-1)?.content ?? "";
       const says = rules.find(({ hears }) => new RegExp(hears, "i").test(text))?.says ?? "";
@@ -38,7 +37,7 @@ export function script(rules) {
  * @returns {Responder}
  */
 export function languageModel({ url, model, key }) {
-  return { name: model, answer: (messages, signal) => sentencesOf(deltas(messages, signal)) };
+  return { answer: (messages, signal) => sentencesOf(deltas(messages, signal)) };
 
   /**
    * @param {Message[]} messages

@@ -252,6 +252,8 @@ export class Stream {
   #wait() {
     const clock = this.#clock;
     if (this.#calls.size + this.#ready.size >= IN_FLIGHT) return Number.POSITIVE_INFINITY;
+    const opening = Math.round((this.#voice?.begin ?? Number.POSITIVE_INFINITY) / clock.chunkFrames);
+    if (this.#calls.has(opening)) return Number.POSITIVE_INFINITY; // a voice's first chunk comes sooner alone
     const ahead = this.#screen.ahead(this.#next * clock.chunkFrames);
     const window = clock.windowStart(this.#next);
     const voice = this.#tape.end;

@@ -64,9 +64,8 @@ class ScriptedModels {
   }
 }
 
-function remembering({ name, answer }, { conversations }) {
+function remembering({ answer }, { conversations }) {
   return {
-    name,
     answer: (messages, signal) => {
       conversations.push(messages);
       return answer(messages, signal);

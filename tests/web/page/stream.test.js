@@ -203,19 +203,6 @@ test("of a voice that was made ready in vain nothing is seen or heard", () =>
     assert.equal(heard(screen).length, 0);
   }));
 
-test("what begins with a short piece tells so", () =>
-  watching(async ({ stream, screen }) => {
-    await screen.run(0.4);
-    const voice = stream.speak();
-    const told = [];
-    voice.push(tone(0.01), () => told.push("first"));
-    await screen.run(0.01);
-    voice.push(tone(0.5), () => told.push("second"));
-    voice.end();
-    await screen.run(1.5);
-    assert.deepEqual(told, ["first", "second"]);
-  }));
-
 test("a voice that takes the place of another begins without it", () =>
   watching(async ({ stream, screen }) => {
     await screen.run(0.4);
