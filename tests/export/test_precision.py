@@ -3,6 +3,7 @@
 import builtins
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,16 @@ SMALL = [
     (graph.name, each)
     for graph in registry.GRAPHS
     for each in graph.tolerances
-    if each != "fp32" and not graph.name.startswith("asr")  # those take half a minute each: the gate compiles them
+    if each != "fp32" and not graph.name.startswith("asr")  # those take half a minute each: `make aot`
 ]
 
 
 @pytest.fixture(scope="module")
-def made(repository: Path) -> dict[tuple[str, Precision], Path]:
+def made(exported: Callable[..., Path]) -> dict[tuple[str, Precision], Path]:
     """What `talksplat-export models` makes and has compared with torch on speech that was not calibrated on."""
-    return {
-        (name, each): path
-        for each in ("fp16", "int8")
-        for name, path in models.ensure(each, only=[name for name, _ in SMALL], repository=repository).items()
-    }
+    names = {name for name, _ in SMALL}
+    repository = exported([model for model in models.models() if model.name in names], "fp16", "int8")
+    return {(name, each): models.path(name, each, repository) for name, each in SMALL}
 
 
 @pytest.mark.parametrize(("name", "each"), SMALL)
