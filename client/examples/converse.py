@@ -1,4 +1,4 @@
-"""Talk to an avatar: ``python converse.py talk.mp4 [question.wav]``, beside ``make serve``; wear a headset."""
+"""Talk to an avatar: ``python converse.py talk.mp4 [question.wav]`` beside ``make serve``; headset, extra ``media``."""
 
 import asyncio
 import sys

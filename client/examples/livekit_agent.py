@@ -1,7 +1,7 @@
 """An agent with a face in a LiveKit room: ``python livekit_agent.py dev``, beside ``make serve``.
 
 LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET say where the room is. Ears, wits and voice come from LiveKit's
-inference here; any other of LiveKit's plugins does as well.
+inference here; any other of LiveKit's plugins does as well. Needs the extra ``livekit``.
 """
 
 from livekit.agents import Agent, AgentServer, AgentSession, JobContext, UserStateChangedEvent, cli, inference

@@ -1,4 +1,4 @@
-"""Any voice with OpenAI's ``audio/speech``: ``python openai_speech.py "Hello there." out.mp4``. Wants openai, too.
+"""Any voice with OpenAI's ``audio/speech``: ``python openai_speech.py "Hello." out.mp4``. Extras ``media``, ``llm``.
 
 Whatever answers ``POST /v1/audio/speech``, OpenAI or a server of your own (OPENAI_BASE_URL, OPENAI_API_KEY), gives PCM
 when asked for ``response_format="pcm"``: int16, mono, 24 kHz. It goes straight into `animate`, and frames come while it

@@ -1,23 +1,24 @@
-"""An avatar in a browser by WebRTC alone: ``python webrtc_server.py`` beside ``make serve``. Wants aiohttp, too."""
-
-from pathlib import Path
+"""An avatar in a browser by WebRTC: ``python webrtc_server.py`` beside ``make serve``. Extra ``webrtc``; aiohttp."""
 
 from aiohttp import web
 from aiortc import RTCPeerConnection, RTCSessionDescription
 
-from talksplat_client import AsyncClient
+from talksplat_client import AsyncClient, TalksplatError
 from talksplat_client.webrtc import AvatarTracks, prefer_h264
 
 
 async def main(url: str = "127.0.0.1:8001") -> web.Application:
     """A page, and an avatar for everybody who opens it."""
-    client = AsyncClient(url)
+    client, app = AsyncClient(url), web.Application()
 
     async def page(request: web.Request) -> web.FileResponse:
-        return web.FileResponse(Path(__file__).with_suffix(".html"))
+        return web.FileResponse(__file__.replace(".py", ".html"))
 
     async def offer(request: web.Request) -> web.Response:
-        peer, tracks = RTCPeerConnection(), await AvatarTracks.load(client, "ava")
+        try:
+            peer, tracks = RTCPeerConnection(), await AvatarTracks.load(client, "ava")
+        except TalksplatError as error:
+            raise web.HTTPBadGateway(text=str(error)) from error
 
         async def say(text: str) -> None:
             async for sound in client.synthesize(text):
@@ -25,13 +26,12 @@ async def main(url: str = "127.0.0.1:8001") -> web.Application:
 
         peer.on("datachannel", lambda channel: channel.on("message", say))
         await peer.setRemoteDescription(RTCSessionDescription(**await request.json()))
-        for track in (tracks.video, tracks.audio):
-            peer.addTrack(track)
+        peer.addTrack(tracks.video)
+        peer.addTrack(tracks.audio)
         prefer_h264(peer)
         await peer.setLocalDescription(await peer.createAnswer())
         return web.json_response({"sdp": peer.localDescription.sdp, "type": peer.localDescription.type})
 
-    app = web.Application()
     app.add_routes([web.get("/", page), web.post("/offer", offer)])
     return app
 

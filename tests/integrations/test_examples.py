@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import soxr
 from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 from presence import loud, wait_until
 from webrtc_viewer import Viewer
 
-from talksplat.server import Server
+from talksplat.server import Ports, Server
 from talksplat_client import read_audio
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,3 +139,9 @@ async def test_a_browsers_words_are_spoken_over_webrtc(server: Server) -> None:
     await wait_until(lambda: len(loud(viewer.sounds)) > 3)
     await viewer.close()
     await runner.cleanup()
+
+
+async def test_a_browser_is_told_that_there_is_no_server() -> None:
+    app = await example("webrtc_server").main(f"127.0.0.1:{Ports.free().grpc}")
+    async with TestClient(TestServer(app)) as browser, browser.post("/offer", json={}) as response:
+        assert (response.status, "no talksplat server answers" in await response.text()) == (502, True)
