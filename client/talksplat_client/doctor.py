@@ -30,8 +30,8 @@ from ._turns import conversation
 PACKAGE = "talksplat-client"
 EXTRAS = {  # what each gives
     "media": "files, other sample rates, microphones",
-    "livekit": "a face for LiveKit agents",
-    "pipecat": "a face for Pipecat",
+    "livekit": "face for LiveKit agents",
+    "pipecat": "face for Pipecat",
     "webrtc": "WebRTC by aiortc",
     "llm": "answers of a language model",
     "c2pa": "signed content credentials in written files",
@@ -87,7 +87,7 @@ def extras() -> Iterator[Finding]:
         missing = [package for package in packages if package != PACKAGE and not _installed(package)]
         gives = EXTRAS.get(extra, "more")
         if missing:
-            sentence = f"No {gives}: {', '.join(missing)} is missing. pip install '{PACKAGE}[{extra}]'"
+            sentence = f"No {gives} without {', '.join(missing)}: pip install '{PACKAGE}[{extra}]'"
             yield Finding("note", extra, sentence)
         else:
             yield Finding("ok", extra, f"There is what it takes for {gives}.")

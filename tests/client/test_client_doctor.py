@@ -55,7 +55,7 @@ def test_each_extra_that_is_missing_says_what_it_would_give(monkeypatch: pytest.
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: needs)
     sentence = only(doctor.extras(), "note", "media")
     assert sentence == (
-        "No files, other sample rates, microphones: no-such-package is missing. pip install 'talksplat-client[media]'"
+        "No files, other sample rates, microphones without no-such-package: pip install 'talksplat-client[media]'"
     )
 
 
