@@ -133,7 +133,7 @@ async def test_an_agent_speaks_through_its_face_is_interrupted_and_speaks_again(
 
         events.clear()
         resting = len(me.pictures)
-        second = session.say("hello", audio=stream(speech(10, SAMPLE_RATE)))
+        second = session.say("hello", audio=stream(flashes(50, SAMPLE_RATE)))
         await wait_until(lambda: len(events) == 1 and loud(me.sounds)[-1] > events[0][0] + 0.5)
         interrupted = time.monotonic()
         await session.interrupt()
