@@ -144,10 +144,11 @@ class Nginx:
         while True:
             with contextlib.suppress(OSError), socket.create_connection((self._host, self._port), 1):
                 return
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if (code := self._process.poll()) is not None or time.monotonic() > deadline:
                 log = self._prefix / "error.log"
                 lines = log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []
-                raise EdgeError("\n  ".join(["nginx does not start:", *lines, f"The whole log: {log}"]))
+                reason = f"does not listen after {_START_SECONDS:.0f} s" if code is None else f"ended with {code}"
+                raise EdgeError("\n  ".join([f"nginx does not start, it {reason}:", *lines, f"The whole log: {log}"]))
             time.sleep(0.02)
 
     def _kill(self) -> None:

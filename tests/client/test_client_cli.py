@@ -212,7 +212,6 @@ def test_a_raw_pipe_may_cut_samples_anywhere() -> None:
         (["transcribe", "."], "Is a directory"),
         (["animate", __file__, "--avatar", "ava", "--out", "x.mp4"], "no audio or video file"),
         (["animate", __file__, "--avatar", "ava", "--out", "x.avi"], "no audio or video file: Invalid data found"),
-        (["transcribe", __file__, "--raw", "0"], "the sample rate is 0 Hz"),
         (["avatars", "--url", "http://x"], "expected host:port"),
         (["avatars", "--url", "127.0.0.1:1"], "127.0.0.1:1: Connection refused"),
     ],
@@ -224,6 +223,11 @@ def test_what_went_wrong_is_one_sentence(capsys: pytest.CaptureFixture[str], arg
     assert captured.err.startswith("talksplat: ")
     assert captured.err.count("\n") == 1
     assert reason in captured.err
+
+
+def test_a_raw_rate_of_zero_is_one(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["transcribe", __file__, "--raw", "0", "--url", server.grpc_url]) == 1
+    assert capsys.readouterr().err.startswith("talksplat: the sample rate is 0 Hz, expected ")
 
 
 @pytest.mark.parametrize(

@@ -182,5 +182,5 @@ def test_a_configuration_that_nginx_refuses_is_shown(
     visitor: Visitor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(web, "models", lambda: {"animate": "much"})
-    with pytest.raises(EdgeError, match=r"nginx does not start:\n.*client_max_body_size"):
+    with pytest.raises(EdgeError, match=r"nginx does not start, it ended with 1:\n.*client_max_body_size"):
         Page(Ports(), HOST, Ports.free().http, tmp_path).start()
