@@ -9,7 +9,6 @@ tenants' limits by the hashes of their keys; and `canaries`, which says that som
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import grp
 import ipaddress
@@ -27,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from talksplat import tenants as tenants_module
-from talksplat.server import HOST, ROOT, PortInUseError, Ports, Server, ServerError, Trace
+from talksplat.server import ENDING_WITH_LAUNCHER, HOST, ROOT, PortInUseError, Ports, Server, ServerError, Trace
 from talksplat.supervisor import Supervisor
 from talksplat.tenants import Tenants, TenantsFile
 
@@ -129,13 +128,13 @@ class Nginx:
 
     def _launch(self) -> None:
         self._launched = time.monotonic()
+        files = ("-p", self._prefix, "-c", self._prefix / "nginx.conf", "-e", self._prefix / "error.log")
         self._process = subprocess.Popen(
-            [self._program, "-p", self._prefix, "-c", self._prefix / "nginx.conf", "-e", self._prefix / "error.log"],
+            [*ENDING_WITH_LAUNCHER, "TERM", self._program, *files],  # its workers follow it
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches the launcher only
-            preexec_fn=_end_with_launcher,
         )
 
     def _wait_until_listening(self) -> None:
@@ -533,8 +532,3 @@ def _write(path: Path, text: str) -> None:
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)
     temporary.replace(path)
-
-
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
-_end_with_launcher = functools.partial(_LIBC.prctl, _PR_SET_PDEATHSIG, signal.SIGTERM)  # which the workers then follow

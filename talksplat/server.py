@@ -13,7 +13,6 @@ it stays true when a backend stub is dead.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import http.client
 import importlib.util
@@ -52,6 +51,9 @@ HOST = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"
 CANARY_FILE = "canary"  # in the run folder, as old as the last canary that was answered: what else can look at
 STUB = "triton_python_backend_stub"
+# Before a signal's name and a command: the kernel sends that signal when the thread that started the command ends,
+# however it ends. A program of its own (util-linux), since gRPC now and then aborts between Python's fork and exec.
+ENDING_WITH_LAUNCHER = ("setpriv", "--pdeathsig")
 CONTAINER = Path("/opt/tritonserver")  # where NVIDIA's images have Triton
 SHARED_MEMORY = Path("/dev/shm")
 NO_PROXY = [("grpc.enable_http_proxy", 0)]  # which gRPC would ask even for this machine
@@ -334,7 +336,7 @@ class Server:
         run_dir = self.run_dir or self._temporary
         run_dir.mkdir(parents=True, exist_ok=True)
         self._process = subprocess.Popen(
-            self._command(installation, backends),
+            [*ENDING_WITH_LAUNCHER, "KILL", *self._command(installation, backends)],
             env={**_environment(installation), **self._told_to_models()},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -342,7 +344,6 @@ class Server:
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C reaches the launcher only, which stops it in order
-            preexec_fn=_end_with_launcher,
         )
         assert self._process.stdout is not None
         self._log = _Log(self._process.stdout, None if self.log_to_stdout else run_dir / "triton.log")
@@ -632,15 +633,6 @@ def readable(line: str) -> str | None:
         level, clock_time, message = found.groups()
         return f"{clock_time} {_LEVELS[level]} {message}"
     return line
-
-
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
-
-
-def _end_with_launcher() -> None:
-    """Have the kernel kill this process when the thread that started it ends, however it ends."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _environment(installation: _Installation) -> dict[str, str]:

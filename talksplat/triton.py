@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -180,7 +181,7 @@ def log_failure(logger: logging.Logger, error: BaseException, fields: Fields) ->
 
 
 class Failures:
-    """Answers, counts and logs what a model with one thread can't do.
+    """Answers, counts and logs what a model can't do, from any of its threads.
 
     Args:
         model: its name.
@@ -190,9 +191,11 @@ class Failures:
         log.configure()
         self._log = logging.getLogger(model)
         self._page = Page(pb_utils.MetricFamily)
+        self._one = threading.Lock()  # Triton dies when two threads touch metrics
 
     def answer(self, request: Any, error: Exception) -> Any:
         """The response to a request."""
         log_failure(self._log, error, Fields(request_id=request.request_id()))
-        self._page.add("talksplat_refused_total", 1, reason=reason(error))
+        with self._one:
+            self._page.add("talksplat_refused_total", 1, reason=reason(error))
         return failure(error)

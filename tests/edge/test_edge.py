@@ -804,6 +804,6 @@ def test_a_broken_certificate_stops_the_start_in_a_sentence(nginx: None, tmp_pat
     write_tenants(file)
     (tmp_path / "c.pem").write_text("none")
     broken = Edge(file, [Ports()], Address(tmp_path / "c.pem", tmp_path / "c.pem", port=Ports.free().http), tmp_path)
-    with pytest.raises(EdgeError, match=r"does not start:\n.*c\.pem"):
+    with pytest.raises(EdgeError, match=r"does not start, it ended with 1:\n.*c\.pem"):
         broken.start()
     assert broken.pid is None
