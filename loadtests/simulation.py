@@ -274,7 +274,7 @@ class Replicas:
 
         def arrive() -> Generator[simpy.Event, None, None]:
             for number in np.argsort(dues, kind="stable"):
-                yield env.timeout(float(dues[number]) - env.now)
+                yield env.timeout(max(0.0, float(dues[number]) - env.now))  # rounding may leave it a hair late
                 send(_Chunk(int(number), float(dues[number]), 0.0, 0.0))
 
         def lose() -> Generator[simpy.Event, None, None]:

@@ -226,6 +226,8 @@ export function pause(seconds, signal) {
 
 /** One talksplat server. Events: `lost` when it stops to answer, `found` when it does again. */
 export class Triton extends EventTarget {
+  #failed = 0; // when an attempt last found it away
+
   /**
    * @param {string} stream id of this viewer, by which the edge counts streams
    * @param {string} [base] of the addresses
@@ -279,14 +281,15 @@ export class Triton extends EventTarget {
     let since = Number.POSITIVE_INFINITY; // the first failure
     for (;;) {
       const limit = AbortSignal.timeout(1e3 * timeout);
+      const asked = performance.now();
       try {
         const result = await attempt(signal ? AbortSignal.any([signal, limit]) : limit);
-        this.#answers(true);
+        this.#answers(true, asked);
         return result;
       } catch (error) {
         signal?.throwIfAborted();
         const failure = failureOf(error);
-        this.#answers(failure.kind !== "unavailable");
+        this.#answers(failure.kind !== "unavailable", asked);
         since = Math.min(since, performance.now());
         const worthwhile = failure.kind === "unavailable" || (failure.kind === "overloaded" && insist);
         const pauses = Math.max(wait, failure.retryAfter ?? 0);
@@ -297,9 +300,14 @@ export class Triton extends EventTarget {
     }
   }
 
-  /** @param {boolean} present */
-  #answers(present) {
+  /**
+   * @param {boolean} present
+   * @param {number} asked when
+   */
+  #answers(present, asked) {
+    if (!present) this.#failed = performance.now();
     if (present !== this.lost) return;
+    if (present && asked < this.#failed) return; // on its way when the server was lost
     this.lost = !present;
     this.dispatchEvent(new Event(present ? "found" : "lost"));
   }

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { createServer } from "node:http";
 import { test } from "node:test";
-import { encode, errorOf, floats, integer, string, Triton } from "../../../client/web/triton.js";
+import { encode, errorOf, floats, integer, pause, string, Triton } from "../../../client/web/triton.js";
 import { answer, parameters, strings } from "./scripted.js";
 
 test("a request is JSON that names the tensors, then their bytes in order", () => {
@@ -87,12 +87,12 @@ test("errors of Triton and of the edge say what is wrong", () => {
   assert.equal(errorOf(429, '{"error":"full"}').retryAfter, undefined);
 });
 
-/** A server that answers each request with the next of these: [status, headers, body]. */
+/** A server that answers each request with the next of these, or what they promise: [status, headers, body]. */
 async function serving(answers, use) {
   const requests = [];
-  const server = createServer((request, response) => {
+  const server = createServer(async (request, response) => {
     requests.push(request);
-    const [status, headers, body] = answers.shift();
+    const [status, headers, body] = await answers.shift();
     if (!status) return request.socket.destroy();
     response.writeHead(status, headers).end(body);
   });
@@ -116,6 +116,23 @@ test("a server that is away is asked again, and that it was is told", () =>
     assert.equal(requests.length, 3);
     assert.deepEqual(events, ["lost", "found"]);
   }));
+
+test("an answer that was on its way when the server was lost does not say that it is back", async () => {
+  const held = Promise.withResolvers();
+  const back = Promise.withResolvers();
+  await serving([held.promise, [0], back.promise], async (triton, requests, events) => {
+    const asked = triton.clock();
+    while (requests.length < 1) await pause(0.01);
+    const again = triton.clock();
+    while (!triton.lost) await pause(0.01);
+    held.resolve(config);
+    await asked;
+    assert.deepEqual(events, ["lost"]);
+    back.resolve(config);
+    await again;
+    assert.deepEqual(events, ["lost", "found"]);
+  });
+});
 
 test("a server that refuses is there", () =>
   serving([[503, {}, ""], [401, {}, '{"error":"An API key is needed."}']], async (triton, _, events) => {
