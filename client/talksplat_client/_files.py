@@ -81,8 +81,13 @@ class Writer(ABC):
             disclosure.credentials.check()
 
     def __enter__(self) -> Self:
-        with self._refusals():
-            self._open()
+        try:
+            with self._refusals():
+                self._open()
+        except BaseException:
+            with contextlib.suppress(OSError):  # the place itself may be what is wrong
+                self._discard()
+            raise
         return self
 
     def __exit__(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ._audio import Pcm, Samples, Tape, to_mono
+from ._audio import Samples, Tape
 from ._disclosure import Disclosure
 from ._files import Writer
 from ._frame import Frame
@@ -45,8 +45,6 @@ class SubtitleWriter(Writer):
         transcribe: what is said in samples of the sound's rate, such as `Client.transcribe`.
     """
 
-    pipes = True
-
     def __init__(self, path: str | Path, *, format: str, transcribe: Callable[[Samples], str], **options: Any) -> None:
         self.format = format  # type: ignore[misc]  # one class writes both
         disclosure = options.pop("disclosure", Disclosure())
@@ -59,9 +57,9 @@ class SubtitleWriter(Writer):
         self._last = 0  # frame that was speech
         self.cues: list[Cue] = []
 
-    def write_audio(self, packet: Pcm) -> None:
-        """The next sound; that of a frame must come before the frame after the next pause."""
-        self._tape.append(to_mono(packet))
+    def _write_audio(self, samples: Samples) -> None:
+        """That of a frame must come before the frame after the next pause."""
+        self._tape.append(samples)
 
     def _open(self) -> None:
         if not self._piped:

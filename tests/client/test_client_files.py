@@ -21,6 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from talksplat_client import Disclosure, Frame, InvalidRequestError, MediaError, ServerError, file_writer
 from talksplat_client._audio import Samples
+from talksplat_client._files import WebmWriter
 
 SIZE = 64
 RATE = 16_000
@@ -256,6 +257,13 @@ except MediaError as error:
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert f"can't be written: {os.strerror(errno.EFBIG)}" in out.stdout
     assert not any(tmp_path.iterdir())
+
+
+def test_a_film_whose_encoder_is_missing_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(WebmWriter, "audio", ("libnone", 48_000, 64_000))
+    with pytest.raises(MediaError, match="no encoder libnone"):
+        write(tmp_path / "out.webm")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_reader_that_goes_away_is_no_disk_error(tmp_path: Path) -> None:
