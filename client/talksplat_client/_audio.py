@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ._exceptions import InvalidAudioError, InvalidRequestError, MissingExtraError
+from ._exceptions import InvalidAudioError, InvalidRequestError
+from ._extras import import_package
 
 Samples: TypeAlias = npt.NDArray[np.float32]
 Pcm: TypeAlias = npt.NDArray[Any] | bytes | bytearray | memoryview
@@ -183,8 +184,5 @@ class Track:
 
 
 def _resampler(sample_rate: int, target_rate: int) -> Callable[[Samples], Samples]:
-    try:
-        import soxr
-    except ImportError:
-        raise MissingExtraError(f"audio at {sample_rate} Hz instead of the server's {target_rate} Hz", "soxr") from None
+    soxr = import_package("soxr", f"audio at {sample_rate} Hz instead of the server's {target_rate} Hz")
     return lambda samples: np.asarray(soxr.resample(samples, sample_rate, target_rate), np.float32)

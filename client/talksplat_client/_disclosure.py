@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ._audio import Samples
-from ._exceptions import InvalidRequestError, MissingExtraError
+from ._exceptions import InvalidRequestError
+from ._extras import import_package
 
 SOURCE_TYPE = "compositeWithTrainedAlgorithmicMedia"  # recorded plates and sound, animated by a trained net
 SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"  # of IPTC; XMP, C2PA and containers all name it so
@@ -255,11 +256,7 @@ _EMBED: dict[str, Callable[[bytes, bytes], bytes]] = {"png": _png, "jpeg": _jpeg
 
 
 def _c2pa() -> Any:
-    try:
-        import c2pa
-    except ImportError:
-        raise MissingExtraError("signing content credentials", "c2pa-python", "c2pa") from None
-    return c2pa
+    return import_package("c2pa", "signing content credentials", package="c2pa-python", extra="c2pa")
 
 
 def _algorithm(key: bytes) -> bytes:

@@ -25,8 +25,8 @@ import numpy as np
 from ._audio import Pcm, Samples, to_mono
 from ._disclosure import Disclosure, draw_label, mp4_box, require_signable, with_xmp
 from ._exceptions import MediaError, TalksplatError
+from ._extras import import_package
 from ._frame import Frame
-from ._media import import_package
 
 STDOUT = "-"
 SD_MATRIX = 5  # ITU-R BT.601 (625 lines), which JPEG uses too

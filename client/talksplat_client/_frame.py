@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ._exceptions import MissingExtraError, ServerError
+from ._exceptions import ServerError
+from ._extras import import_package
 from ._state import Format
 
 
@@ -38,10 +39,7 @@ class Frame:
         return np.frombuffer(self.data, np.uint8).reshape(side, side, 3)
 
     def _decoded(self) -> Any:  # av.VideoFrame of the JPEG, in its own YUV
-        try:
-            import av
-        except ImportError:
-            raise MissingExtraError("decoding a JPEG frame", "av") from None
+        av = import_package("av", "decoding a JPEG frame")
         try:
             [picture] = av.CodecContext.create("mjpeg", "r").decode(av.Packet(self.data))
         except (av.FFmpegError, ValueError) as error:

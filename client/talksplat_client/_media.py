@@ -7,11 +7,11 @@ import queue
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, BinaryIO
 
 from ._audio import Samples, to_mono
-from ._exceptions import MediaError, MissingExtraError
+from ._exceptions import MediaError
+from ._extras import import_package
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def read_audio(source: str | Path | BinaryIO) -> Recording:
     return Recording(stream.sample_rate, seconds, _decode(av, container, stream, name))
 
 
-def _decode(av: ModuleType, container: Any, stream: Any, name: object) -> Iterator[Samples]:
+def _decode(av: Any, container: Any, stream: Any, name: object) -> Iterator[Samples]:
     # mixed down by `to_mono`: FFmpeg's own mix of floats is louder than either channel, and clips
     floats = av.AudioResampler(format="fltp")
     with container:
@@ -86,15 +86,3 @@ def microphone(
                 yield packets.get()
     except sounddevice.PortAudioError as error:
         raise MediaError(f"the microphone can't be opened: {error}") from error
-
-
-def import_package(package: str, purpose: str) -> ModuleType:
-    """A package of the extra ``media``.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        return __import__(package)
-    except ImportError:
-        raise MissingExtraError(purpose, package) from None

@@ -23,8 +23,8 @@ import numpy as np
 
 from ._blocking import Client, Stream
 from ._exceptions import InvalidRequestError, MissingExtraError, TalksplatError
+from ._extras import import_package
 from ._files import encoders
-from ._media import import_package
 from ._turns import conversation
 
 PACKAGE = "talksplat-client"
