@@ -35,16 +35,15 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from loadtests.cast import cast, crowd
 from loadtests.plain import PlainServer
 from loadtests.profile import second_processor
-from loadtests.slo import Slo, Summary
+from loadtests.slo import Slo, Summary, percentiles
 from loadtests.streams import Generator, Kind, Load, Target, Triton
-from loadtests.usage import Model, Usage, Watch
+from loadtests.usage import Usage, Watch
 from talksplat.bench._ask import animate, operate
 from talksplat.bench._report import Row, report
 from talksplat.server import ROOT, Ports, Server
 
 SETTLING = 20  # times half a second that a server gets after a run that was too much for it
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds, in which the kernel counts processor time
-MODELS = ("audio_encoder", "rasterizer")  # whose batch sizes are reported
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,7 @@ class Bench:
             "frames_per_server_cpu_s": seen.frames_per_s * seconds / cpu,
             "cores_busy": (seen.cpu_seconds + cpu) / seconds,
             "rss_mb": watch.rss_bytes / 1e6,
-            **_batches(watch.models),
+            **watch.batches,
         }
 
     def flat_out(self) -> list[Row]:
@@ -246,19 +245,19 @@ class Bench:
         load = self._load(size, streams, self.plan.flat_out_seconds)
         seen = self.generator.flat_out(self.target, load, watch)
         cpu = max(TICK, sum(watch.cpu_seconds.values()))
-        p50, p95, p99 = np.percentile(seen.chunk_ms, (50, 95, 99), method="higher")
+        p50, p95, p99 = percentiles(seen.chunk_ms)
         return {
             "server": self.name,
             "size": size,
             "streams": streams,
             "frames_per_s": seen.frames_per_s,
-            "chunk_p50_ms": float(p50),
-            "chunk_p95_ms": float(p95),
-            "chunk_p99_ms": float(p99),
+            "chunk_p50_ms": p50,
+            "chunk_p95_ms": p95,
+            "chunk_p99_ms": p99,
             "frames_per_server_cpu_s": seen.frames_per_s * seen.seconds / cpu,
             "generator_cpu_share_pct": 100 * seen.cpu_seconds / (seen.cpu_seconds + cpu),
             "cores_busy": (seen.cpu_seconds + cpu) / seen.seconds,
-            **_batches(watch.models),
+            **watch.batches,
         }
 
     def cost(self, held: dict[int, int]) -> list[Row]:
@@ -382,11 +381,6 @@ class Bench:
 
 
 COST_COLUMNS = ("streams", "server_cpu_s_per_stream_s", "generator_cpu_s_per_stream_s", "chunk_p50_ms", "chunk_p99_ms")
-
-
-def _batches(models: dict[str, Model]) -> Row:
-    """Inferences an execution."""
-    return {f"batch_{name}": models[name].batch for name in MODELS if name in models}
 
 
 def _largest(

@@ -75,10 +75,15 @@ def samples(count: int) -> int:
 
 
 @functools.cache
-def speech() -> Samples:  # [T] at clock.SAMPLE_RATE
-    """What is said: the sentences that come with the demo, 12 s."""
-    with wave.open(str(SPEECH)) as file:
-        assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (clock.SAMPLE_RATE, 1, 2)
+def speech(path: Path = SPEECH) -> Samples:  # [T] at clock.SAMPLE_RATE
+    """What is said; by default the sentences that come with the demo, 12 s.
+
+    Raises:
+        ValueError: the file is not WAV of 16 kHz, mono, 16 bit.
+    """
+    with wave.open(str(path)) as file:
+        if (file.getframerate(), file.getnchannels(), file.getsampwidth()) != (clock.SAMPLE_RATE, 1, 2):
+            raise ValueError(f"{path} is not WAV of {clock.SAMPLE_RATE} Hz, mono, 16 bit.")
         return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
 
 

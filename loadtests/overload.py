@@ -34,7 +34,6 @@ from talksplat.server import HOST, ROOT, Ports, ServerError
 
 REFUSED = "RESOURCE_EXHAUSTED"
 REFUSAL_P95_MS = 100.0  # limit of the time in which a refusal is to be there
-SPEECH = ROOT / "demo" / "speech.wav"
 AVATARS = 4
 START_SECONDS = 60.0
 RATE = 1000.0  # requests a second of a tenant: what is limited here is streams
@@ -117,7 +116,7 @@ def measure(avatar: Path, capacity: int, size: int, seconds: float, times: tuple
         with secured(Path(folder) / "avatars", capacity, digest, Path(folder)) as before:
             target = Triton(before.url, key=key, ca=before.certificate)
             for factor in times:
-                load = Load(factor * capacity, avatars, size, seconds, speech=SPEECH)
+                load = Load(factor * capacity, avatars, size, seconds)
                 watch = Watch(before)
                 paced = generator.paced(target, load, watch)
                 rows.append(row(capacity, load, paced, watch.edge_ms()))

@@ -35,7 +35,6 @@ from talksplat.server import SHARED_MEMORY
 
 SERVICE = METHOD.rsplit("/", 1)[0]
 STREAM_CHUNKS = 8  # of a viewer's stream: the ramp lasts as long
-BATCHED = ("audio_encoder", "rasterizer")  # the first and the last step, whose batches are reported
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def concurrency(order: Order, generator: Generator, folder: Path) -> Row:
         "request_p95_ms": seen["p95 latency"] / 1e3,
         "server_cpu_ms_per_frame": 1e3 * cpu / frames,
         "generator_cpu_share_pct": 100 * own / (own + cpu),
-        **_batches(watch),
+        **watch.batches,
     }
 
 
@@ -125,15 +124,11 @@ def streams(order: Order, generator: Generator, folder: Path) -> Row:
         "server_cpu_s_per_stream_s": cpu / (order.count * order.seconds),
         "generator_cpu_share_pct": 100 * seen.cpu_seconds / (seen.cpu_seconds + cpu),
         "generator_lag_p99_ms": seen.lag_p99_ms,
-        **_batches(watch),
+        **watch.batches,
     }
 
 
 _MEASURES = {"concurrency": concurrency, "streams": streams}
-
-
-def _batches(watch: Watch) -> Row:
-    return {f"batch_{name}": watch.models[name].batch for name in BATCHED if name in watch.models}
 
 
 def _children_cpu() -> float:

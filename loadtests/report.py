@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from loadtests.gate import PACED, Figures, p95
-from loadtests.slo import Slo
+from loadtests.slo import Slo, percentiles
 from talksplat import clock
 from talksplat.bench._report import Row, machine, report
 
@@ -92,8 +92,8 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def _percentiles(chunk_ms: Sequence[float]) -> Row:
-    p50, p95, p99 = np.percentile(chunk_ms, (50, 95, 99), method="higher")
-    return {"chunk_p50_ms": float(p50), "chunk_p95_ms": float(p95), "chunk_p99_ms": float(p99)}
+    p50, p95, p99 = percentiles(chunk_ms)
+    return {"chunk_p50_ms": p50, "chunk_p95_ms": p95, "chunk_p99_ms": p99}
 
 
 def _draw(rows: Sequence[Row], limits: Slo, path: Path) -> None:

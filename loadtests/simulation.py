@@ -59,7 +59,6 @@ from talksplat.server import ROOT, Ports, Server
 Routing: TypeAlias = Literal["least_conn", "round_robin"]
 
 PROFILE = ROOT / "bench" / "profile.json"
-SPEECH = ROOT / "demo" / "speech.wav"
 NETS = ("tritonserver", "audio_encoder", "vad", "avatar", "deformation")  # whose work comes before the rasterizer's
 SECONDS = 30.0  # simulated, after the warm-up
 CHECKED = (2, 4, 6, 8, 9, 10, 11, 12, 14)  # streams of the real run
@@ -68,8 +67,8 @@ CALIBRATION_STREAMS = 8
 REST_SECONDS = 6.0  # after failures: for 3 s the edge leaves out a replica that took 2 s for a chunk
 
 
-class NoProfileError(Exception):
-    """There are no measured service times; the message says how to get them."""
+class NoPlanError(Exception):
+    """There are no measured service times, or no number of replicas will do; the message says what to do, or why."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Service:
         """From what `loadtests.profile` measured: flat out, where caches are hot and processors shared.
 
         Raises:
-            NoProfileError: there is no such file, or it is another one.
+            NoPlanError: there is no such file, or it is another one.
         """
         try:
             rows = json.loads(path.read_text())["rows"]
@@ -109,11 +108,11 @@ class Service:
             ways = sum(alone[part][way] for part in NETS[1:] for way in ("queue_ms", "input_ms", "output_ms"))
             return cls(clock.CHUNK_FRAMES * nets, clock.CHUNK_FRAMES * busy["rasterizer"]["cpu_ms"], ways, VARIATION)
         except FileNotFoundError as error:
-            raise NoProfileError(
+            raise NoPlanError(
                 f"There is no {path}: measure with `python -m loadtests.profile --json {path}`."
             ) from error
         except (KeyError, TypeError, ValueError) as error:
-            raise NoProfileError(f"{path} was not written by `python -m loadtests.profile`: {error!r}.") from error
+            raise NoPlanError(f"{path} was not written by `python -m loadtests.profile`: {error!r}.") from error
 
 
 VARIATION = 0.25  # of service times where they were not measured one by one
@@ -308,13 +307,19 @@ class Replicas:
 
 
 def needed(replicas: Replicas, load: Load) -> tuple[Replicas, Summary]:
-    """The least number that holds the SLO, from what the work alone takes upwards."""
+    """The least number that holds the SLO, from what the work alone takes upwards.
+
+    Raises:
+        NoPlanError: not even as many as there are streams do.
+    """
     busy = replicas.service.utilisation(load.streams, 1, replicas.cores)
-    for count in itertools.count(max(math.ceil(busy), 1 + (replicas.lost_at < math.inf))):
+    least = max(math.ceil(busy), 1 + (replicas.lost_at < math.inf))
+    for count in range(least, least + load.streams + 1):
         enough = replace(replicas, count=count)
         if (summary := enough.play(load)).ok(Slo()):
             return enough, summary
-    raise AssertionError("counting has no end")
+    broken = "; ".join(summary.broken(Slo()))
+    raise NoPlanError(f"No number of replicas holds the SLO, since one is too slow for a stream of its own: {broken}.")
 
 
 def plan(replicas: Replicas, streams: Sequence[int], seconds: float = SECONDS) -> list[Row]:
@@ -431,7 +436,7 @@ class Pair:
 
     def load(self, streams: int, seconds: float) -> Load:
         """The same for the real ones and the simulated."""
-        return Load(streams, self.avatars, self.size, seconds, speech=SPEECH, chunks=self.chunks)
+        return Load(streams, self.avatars, self.size, seconds, chunks=self.chunks)
 
 
 def check(pair: Pair, streams: Sequence[int], seconds: float) -> tuple[list[Row], dict[str, list[Row]]]:
@@ -499,10 +504,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         replicas = Replicas(Service.of_profile(arguments.profile), 1, arguments.cores, arguments.routing)
-    except NoProfileError as error:
+        rows = plan(replicas, arguments.streams or (50, 100, 200, 500), arguments.seconds or SECONDS)
+    except NoPlanError as error:
         print(f"simulation: {error}", file=sys.stderr)
         return 1
-    rows = plan(replicas, arguments.streams or (50, 100, 200, 500), arguments.seconds or SECONDS)
     report("simulation", rows, arguments.json, {"service": [dict(vars(replicas.service))]})
     return 0
 

@@ -128,10 +128,10 @@ class Summary:
         return cls(
             len(seen),
             len(missed),
-            *_percentiles(np.array([each.first_frame_ms for each in seen])),
-            *_percentiles(np.concatenate([each.chunk_ms for each in seen])),
+            *percentiles(np.array([each.first_frame_ms for each in seen])),
+            *percentiles(np.concatenate([each.chunk_ms for each in seen])),
             100 * float(missed.mean()),
-            _percentiles(np.concatenate([each.second_skew_ms for each in seen]))[1],
+            percentiles(np.concatenate([each.second_skew_ms for each in seen]))[1],
         )
 
     def broken(self, slo: Slo = Slo()) -> list[str]:
@@ -151,7 +151,7 @@ class Summary:
         return {name: value if math.isfinite(value) else None for name, value in vars(self).items()}
 
 
-def _percentiles(values: Float64) -> tuple[float, float, float]:
-    """The 50th, 95th and 99th."""
+def percentiles(values: Float64 | Sequence[float]) -> tuple[float, float, float]:
+    """The 50th, 95th and 99th; each is one of the values, the next one above."""
     p50, p95, p99 = np.percentile(values, (50, 95, 99), method="higher")
     return float(p50), float(p95), float(p99)

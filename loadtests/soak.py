@@ -41,7 +41,6 @@ from talksplat.bench._ask import operate
 from talksplat.bench._report import Row, report
 from talksplat.server import ROOT, Ports, Server
 
-SPEECH = ROOT / "demo" / "speech.wav"
 SHARE = 0.8  # of the streams that `loadtests.capacity` found to hold
 AVATARS = 5  # of which all but one speak at a time
 CHUNKS = 75  # of a stream, 12 s
@@ -133,9 +132,7 @@ class Soak:
                 number = len(self.rounds)
                 present = tuple(avatars[(number + place) % len(avatars)] for place in range(len(avatars) - 1))
                 streams = max(1, self.streams + (0, 1, 0, -1)[number % 4])
-                load = Load(
-                    streams, present, self.size, self.round_seconds, ("speaking",), SPEECH, self.chunks, seed=number
-                )
+                load = Load(streams, present, self.size, self.round_seconds, chunks=self.chunks, seed=number)
                 seen = generator.paced(Triton(server.grpc_url), load)
                 lost = clock.CHUNK_FRAMES * sum(map(len, seen.failed_ms.values()))
                 self.rounds.append(Round(time.monotonic() - began, streams, seen.playouts, lost))

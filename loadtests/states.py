@@ -27,7 +27,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from loadtests.plain import Pipeline
-from loadtests.streams import SPEECH, windows
+from loadtests.streams import windows
 from talksplat import avatar as bundle
 from talksplat import clock
 from talksplat.animator import Chunk, Options, gate
@@ -66,7 +66,7 @@ class Stage:
         self.pipeline = Pipeline(ROOT / "avatars")
         self.avatar = bundle.read(ROOT / "avatars", AVATAR, AnyAvatar)
         self.head = Head(self.avatar.viewmats)
-        self.voice = [np.frombuffer(window, "<f4") for window in windows(SPEECH)]
+        self.voice = [np.frombuffer(window, "<f4") for window in windows()]
         self.pipeline.animator.preload(AVATAR)
 
     def play(self, states: Sequence[State], first: int = 0) -> list[Shot]:

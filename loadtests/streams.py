@@ -18,7 +18,6 @@ import multiprocessing
 import random
 import struct
 import time
-import wave
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -31,16 +30,15 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2
 
+from loadtests.conversation import SPEECH, speech
 from loadtests.slo import CHUNK_SECONDS, FIRST_DUE_SECONDS, Float64, Playout, due
 from talksplat import clock
-from talksplat.server import ROOT
 
 Kind: TypeAlias = Literal["speaking", "silent", "idle", "listening"]
 
 FLAT_OUT_WARM_UP_SECONDS = 1.0
 TIMEOUT_SECONDS = 5.0  # of one request
 LEAD_SECONDS = 0.5  # for the generator to make its requests in
-SPEECH = ROOT / "demo" / "speech.wav"
 QUIET = 0.05  # of the loudest chunk: what is below is a pause
 JPEG_BEGINS = b"\xff\xd8\xff"  # nowhere else in a JPEG: there, 0 follows every 255
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
@@ -180,7 +178,6 @@ class Load:
     size: int = 512  # pixels a side
     seconds: float = 20.0  # measured, after the warm-up
     kinds: tuple[Kind, ...] = ("speaking",)  # of a viewer's streams, in turn
-    speech: Path = SPEECH  # WAV, 16 kHz mono 16 bit; its pauses are left out
     chunks: int = 25  # of a stream: 4 s
     chunks_per_request: int = 1  # each waits for the voice of all of them
     seed: int = 0  # of when streams start and what they say
@@ -337,7 +334,7 @@ class _Run:
     window: tuple[float, float] = (0.0, 0.0)  # the measured time
 
     def __post_init__(self) -> None:
-        self.voice = windows(self.load.speech)
+        self.voice = windows()
 
     def _measure_after(self, seconds: float) -> None:
         self.window = self.begin + seconds, self.begin + seconds + self.load.seconds
@@ -480,21 +477,18 @@ SILENCE = bytes(4 * clock.WINDOW)
 
 
 @functools.lru_cache(None)
-def windows(speech: Path = SPEECH) -> tuple[bytes, ...]:
+def windows(path: Path = SPEECH) -> tuple[bytes, ...]:
     """A recording's chunks in which somebody speaks, each in its window of f32 [WINDOW].
 
     Pauses are left out: whose face is at rest costs next to nothing, and a speaking stream is to be one.
 
     Raises:
-        ValueError: the file is too short or not WAV of 16 kHz, mono, 16 bit.
+        ValueError: the file is too short, or none that `conversation.speech` reads.
     """
-    with wave.open(str(speech)) as file:
-        if (file.getframerate(), file.getnchannels(), file.getsampwidth()) != (clock.SAMPLE_RATE, 1, 2):
-            raise ValueError(f"{speech} is not WAV of {clock.SAMPLE_RATE} Hz, mono, 16 bit.")
-        audio = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype("<f4") / 32768
+    audio = speech(path)
     begins = range(0, len(audio) - clock.WINDOW + 1, clock.CHUNK_SAMPLES)
     if not begins:
-        raise ValueError(f"{speech} is shorter than a window of {clock.WINDOW / clock.SAMPLE_RATE} s.")
+        raise ValueError(f"{path} is shorter than a window of {clock.WINDOW / clock.SAMPLE_RATE} s.")
     cut = np.stack([audio[begin : begin + clock.WINDOW] for begin in begins])
     loudness = cut[:, clock.LEFT_CONTEXT : -clock.LOOK_AHEAD].std(1)  # of the chunks themselves
-    return tuple(window.tobytes() for window in cut[loudness >= QUIET * loudness.max()])
+    return tuple(window.astype("<f4").tobytes() for window in cut[loudness >= QUIET * loudness.max()])

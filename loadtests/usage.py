@@ -11,7 +11,10 @@ from typing import TypeAlias
 import psutil
 import tritonclient.grpc as triton
 
+from talksplat.bench._report import Row
 from talksplat.server import STUB
+
+BATCHED = ("audio_encoder", "rasterizer")  # the first and the last step, whose batches are reported
 
 
 @dataclass(frozen=True)
@@ -143,3 +146,9 @@ class Watch:
     def models(self) -> dict[str, Model]:
         """Of each model in between."""
         return batching(self._moments[0][1], self._moments[-1][1])
+
+    @property
+    def batches(self) -> Row:
+        """Of `BATCHED`, inferences an execution in between, as columns."""
+        models = self.models
+        return {f"batch_{name}": models[name].batch for name in BATCHED if name in models}

@@ -268,7 +268,7 @@ class ConversationUser(AvatarUser):
 
 
 class SpeakerUser(AvatarUser):
-    """An avatar that never stops to speak: what `talksplat-server bench capacity` counts as a stream."""
+    """An avatar that never stops to speak: what `loadtests.capacity` counts as a stream."""
 
     weight = 1
 

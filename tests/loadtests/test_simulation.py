@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from make_avatar import write_avatar
 
 from loadtests import simulation
-from loadtests.simulation import NoProfileError, Pair, Replicas, Service, check, compare, needed, plan
+from loadtests.simulation import NoPlanError, Pair, Replicas, Service, check, compare, needed, plan
 from loadtests.slo import Slo
 from loadtests.streams import Load
 from talksplat import edge
@@ -132,6 +132,12 @@ def test_what_is_needed_holds_and_one_less_does_not() -> None:
     assert not replace(enough, count=enough.count - 1).play(LOAD).ok(Slo())
 
 
+def test_replicas_that_are_too_slow_for_one_stream_are_never_enough() -> None:
+    slow = Service(nets_ms=1.0, raster_ms=600.0)
+    with pytest.raises(NoPlanError, match="too slow for a stream of its own: first_frame_p95_ms"):
+        needed(Replicas(slow, 1, cores=1), replace(LOAD, streams=2))
+
+
 def test_a_loss_needs_a_replica_more() -> None:
     (row,) = plan(Replicas(SERVICE, 1, cores=2), [40], seconds=4.0)
     assert int(row["replicas_for_a_loss"] or 0) == int(row["replicas"] or 0) + 1
@@ -191,7 +197,7 @@ def test_without_measured_times_there_is_no_plan(
     profile = tmp_path / "profile.json"
     if text is not None:
         profile.write_text(text)
-    with pytest.raises(NoProfileError):
+    with pytest.raises(NoPlanError):
         Service.of_profile(profile)
     assert simulation.main(["--profile", str(profile)]) == 1
     assert "loadtests.profile" in capsys.readouterr().err
