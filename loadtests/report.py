@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from loadtests.gate import PACED, Figures, p95
 from loadtests.slo import Slo, percentiles
 from talksplat import clock
 from talksplat.bench._report import Row, machine, report
+from talksplat.files import replacing
 
 NOT_PRINTED = {
     "streams",
@@ -70,25 +70,13 @@ def write_curve(figures: Figures, limits: Slo, path: str) -> None:
     if not rows:
         return
     picture = Path(path)
-    picture.parent.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with _replacing(picture.with_suffix(".csv")) as table, table.open("w", newline="") as file:
+    with replacing(picture.with_suffix(".csv")) as table, table.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-    with _replacing(picture) as png:
+    with replacing(picture) as png:
         _draw(rows, limits, png)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Another path to write to, which takes the place of ``path`` once all is written."""
-    unfinished = path.with_name(f".{path.name}")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _percentiles(chunk_ms: Sequence[float]) -> Row:

@@ -1,26 +1,54 @@
-"""Value objects of arrays as .npz files."""
+"""Value objects as .npz files."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import fields
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from talksplat.files import replacing
+
+KEEP_SECONDS = 30.0  # of work between two writes of what was found
 
 
-def save(value: DataclassInstance, path: Path) -> None:
-    """Write the fields of ``value`` to ``path`` in one step."""
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **{field.name: getattr(value, field.name) for field in fields(value)})
-    os.replace(partial, path)
+class Npz:
+    """A dataclass of arrays, numbers and strings that can be kept in a file."""
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
-def load(kind: type[DataclassInstance], path: Path) -> dict[str, Any]:
-    """The fields of a ``kind`` that `save` wrote, all of them arrays."""
-    with np.load(path, allow_pickle=False) as data:
-        return {field.name: data[field.name] for field in fields(kind)}
+    def save(self, path: Path) -> None:
+        """Write to ``path`` (.npz) in one step."""
+        with replacing(path) as partial:
+            np.savez(partial, **{field.name: getattr(self, field.name) for field in fields(self)})
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {field.name: data[field.name] for field in fields(cls)}
+        return cls(**{name: array if array.ndim else array.item() for name, array in arrays.items()})
+
+    @contextmanager
+    def kept(self, path: Path | None) -> Iterator[Callable[[], None]]:
+        """Yield what writes this to ``path`` now and then as it grows; at the end, even by an error, it is written too.
+
+        Without a path nothing is.
+        """
+        written = time.monotonic()
+
+        def keep() -> None:
+            nonlocal written
+            if path is not None and time.monotonic() - written > KEEP_SECONDS:
+                self.save(path)
+                written = time.monotonic()
+
+        try:
+            yield keep
+        finally:
+            if path is not None:
+                self.save(path)

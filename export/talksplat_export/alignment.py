@@ -18,11 +18,10 @@ import soxr
 from talksplat.clock import SAMPLE_RATE
 
 from . import phonemes
-from .synthesis import LABEL_RATE, LEVEL, Audio, Espeak, Recording
+from .synthesis import LABEL_SAMPLES, LEVEL, Audio, Espeak, Recording
 
 Posteriors: TypeAlias = Callable[[Audio], npt.NDArray[np.float32]]  # audio [T] -> log-probabilities [T / 160, phonemes]
 
-_LABEL_SAMPLES = SAMPLE_RATE // LABEL_RATE
 _SHORTEST = 3  # labels (30 ms) that a phoneme takes at least
 _CLIPS = 20  # in one recording
 
@@ -90,7 +89,7 @@ def recordings(folder: Path, posteriors: Posteriors, keep: float = 0.85) -> Iter
         for row in csv.DictReader(file):
             audio, sample_rate = soundfile.read(folder / row["file"], dtype="float32")
             audio = soxr.resample(audio, sample_rate, SAMPLE_RATE)
-            audio = audio[: len(audio) // _LABEL_SAMPLES * _LABEL_SAMPLES]
+            audio = audio[: len(audio) // LABEL_SAMPLES * LABEL_SAMPLES]
             log_probabilities = posteriors(audio)
             audio *= LEVEL / max(float(np.sqrt(np.mean(audio**2))), 1e-6)
             words = [phonemes.from_ipa(word) for word in " ".join(espeak.ipa(row["transcript"])).split()]

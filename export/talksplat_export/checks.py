@@ -20,7 +20,8 @@ import torch
 
 from talksplat import clock
 from talksplat.animator import SPEECH_EDGES
-from talksplat_export import _npz, audio_encoder, vad
+from talksplat_export import audio_encoder, vad
+from talksplat_export._npz import Npz
 from talksplat_export.recording import Float32, Image, Recording, RecordingError, Square
 from talksplat_export.track import MAX_MISSING, Landmarker, Track
 
@@ -180,7 +181,7 @@ def of_file(recording: Recording) -> list[Finding]:
 
 
 @dataclass(frozen=True, eq=False)
-class Looks:
+class Looks(Npz):
     """What S looks at a recording found, two a second. Of a look without a face, all but ``faces`` is NaN."""
 
     picture: npt.NDArray[np.int64]  # [2] width and height of the upright picture
@@ -195,15 +196,6 @@ class Looks:
     def times(self) -> Float64:
         """Seconds of the looks, [S]."""
         return np.arange(len(self.faces)) * (PROBE_STEP / clock.FPS)
-
-    def save(self, path: Path) -> None:
-        """Write to ``path`` (.npz) in one step."""
-        _npz.save(self, path)
-
-    @classmethod
-    def load(cls, path: Path) -> Looks:
-        """Read what `save` wrote."""
-        return cls(**_npz.load(cls, path))
 
 
 def look(recording: Recording, model: Path, advance: Callable[[int], object] = lambda done: None) -> Looks:

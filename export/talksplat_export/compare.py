@@ -74,7 +74,6 @@ from talksplat.bench import _ask, _report, preload
 from talksplat.bench._report import Row
 from talksplat.server import ROOT, Ports, Server, ServerError
 from talksplat_export import (
-    _npz,
     audio_encoder,
     bars,
     deformation,
@@ -91,6 +90,7 @@ from talksplat_export import (
     stage_b,
     track,
 )
+from talksplat_export._npz import Npz
 from talksplat_export.families.baseline import Baseline, Scene, fitted
 from talksplat_export.families.inpainting import Inpainting
 from talksplat_export.families.radiance_field import RadianceField
@@ -483,10 +483,10 @@ class Perception:
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class Measured(Npz):
     """A contender's figures, and the faces of the frames that are shown."""
 
-    row: npt.NDArray[np.str_]  # as JSON
+    row: str  # JSON
     recorded: npt.NDArray[np.uint8]  # [F, H, W, 3]
     drawn: npt.NDArray[np.uint8]
 
@@ -509,7 +509,7 @@ def table(
     for contender, each in zip(contenders, every, strict=True):
         minutes = contender.train_minutes
         rows.append({"family": contender.name, "train_minutes": None if minutes is None else round(minutes, 1)})
-        rows[-1] |= json.loads(str(each.row))
+        rows[-1] |= json.loads(each.row)
     return rows
 
 
@@ -524,8 +524,8 @@ def _measured(contender: Contender, landmarker: Landmarker, done: Steps, code: s
         done.skipped(name)
     else:
         with done.running(name, key, len(test), [path.name]) as advance:
-            _npz.save(_measure(contender, landmarker, advance), path)
-    return Measured(**_npz.load(Measured, path))
+            _measure(contender, landmarker, advance).save(path)
+    return Measured.load(path)
 
 
 def _measure(contender: Contender, landmarker: Landmarker, advance: Callable[[int], object]) -> Measured:
@@ -548,7 +548,7 @@ def _measure(contender: Contender, landmarker: Landmarker, advance: Callable[[in
     clean = audio[start:][: int(ROBUSTNESS_SECONDS * clock.SAMPLE_RATE)]
     row |= contender.robust(clean, degraded(clean, audio[:start]))
     recorded, drawn = (np.stack(side) for side in zip(*(shown[index] for index in picked), strict=True))
-    return Measured(np.array(json.dumps(row)), recorded, drawn)
+    return Measured(json.dumps(row), recorded, drawn)
 
 
 def degraded(clean: Float32, other: Float32) -> dict[str, Float32]:

@@ -23,8 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import wave
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,8 +44,10 @@ from tritonclient.utils import np_to_triton_dtype
 from talksplat import avatar as bundle
 from talksplat import clock, framing
 from talksplat.bench._report import Row, commit, machine, report
+from talksplat.files import replacing
 from talksplat.server import ROOT, Ports, Server, ServerError
 
+from . import feeds
 from .derive import DeriveError, derive
 from .study import NETS, QUICK, Request, Settings, Study, StudyError
 
@@ -54,7 +55,6 @@ Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
 LOADTESTS = ROOT / "loadtests"
-SPEECH = ROOT / "demo" / "speech.wav"
 PLANS = ROOT / "build" / "plans"
 QUALITY_CHUNKS = 16  # from all of the demo's speech, by which points are compared
 IDENTICAL_DB = 100.0  # stands for frames in which no byte differs
@@ -145,18 +145,8 @@ class Results:
     def put(self, row: Measured) -> None:
         """Keep a row, in place of the point's earlier one."""
         self.rows = [*(other for other in self.rows if other["point"] != row["point"]), row]
-        _put(self._path, pl.DataFrame(self.rows, schema=SCHEMA).write_parquet)
-
-
-def _put(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a file written as a whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        write(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        with replacing(self._path) as unfinished:
+            pl.DataFrame(self.rows, schema=SCHEMA).write_parquet(unfinished)
 
 
 def on_front(costs: Sequence[tuple[float, float]]) -> list[bool]:
@@ -229,7 +219,7 @@ def _underivable(point: Settings, plans: Path | None) -> str | None:
 
 
 def _require(study: Study) -> None:
-    for path in (LOADTESTS / "point.py", SPEECH, ROOT / "avatars" / study.avatar):
+    for path in (LOADTESTS / "point.py", feeds.SPEECH, ROOT / "avatars" / study.avatar):
         if not path.exists():
             raise NoCheckoutError(f"{path} is not here: experiments run in a checkout, which has what loads servers.")
     if study.device == "cuda" and not shutil.which("nvidia-smi"):
@@ -543,9 +533,7 @@ def _psnr(frames: UInt8, others: UInt8) -> float:
 
 def _speech() -> Float32:  # [QUALITY_CHUNKS, WINDOW]
     """Windows of the demo's speech, far apart."""
-    with wave.open(str(SPEECH)) as file:
-        audio = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 32768
-    every = framing.windows(audio[: framing.MAX_SAMPLES])
+    every = framing.windows(feeds.speech()[: framing.MAX_SAMPLES])
     return np.stack([every[place] for place in np.linspace(0, len(every) - 1, QUALITY_CHUNKS, dtype=int)])
 
 
@@ -597,9 +585,11 @@ def _publish(study: Study, rows: Sequence[Measured], output: Path) -> None:
     tables = _tables(rows)
     main = tables.pop("")
     report(f"{study.name}, {study.title}", main, output / f"{study.name}.json", tables)
-    _put(output / f"{study.name}.md", lambda path: path.write_text(_markdown(study, rows, {"": main, **tables})))
+    with replacing(output / f"{study.name}.md") as unfinished:
+        unfinished.write_text(_markdown(study, rows, {"": main, **tables}))
     if any(row["reason"] is None for row in rows):
-        _put(output / f"{study.name}.png", lambda path: _plot(study, rows, path))
+        with replacing(output / f"{study.name}.png") as unfinished:
+            _plot(study, rows, unfinished)
 
 
 def _tables(rows: Sequence[Measured]) -> dict[str, list[Row]]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,9 @@ from talksplat.avatar import (
     TRIPLANE_SIZES,
     WINDOW_TOKENS,
 )
-from talksplat_export import augment, huma1, moonshine, splat_torch, stage_a, vad
+from talksplat.files import replacing
+from talksplat_export import augment, huma1, moonshine, splat_torch, stage_a, stage_b, vad
+from talksplat_export._npz import Npz
 from talksplat_export.stage_a import Crops, Gaussians
 from talksplat_export.steps import Steps
 from talksplat_export.track import Track
@@ -58,7 +59,6 @@ WARM_BATCH, WARM_GAUSSIANS = 24, 2048
 HALF_SIZE_SHARE = 0.6  # of the steps on pixels, at half resolution
 REST_PERCENTILE = 12.0  # of the frames count as rest, by their expression
 DROPOUT = 0.1  # of the speech's channels
-PIECE_SECONDS = 8.0  # how long one chain of degradations lasts
 HEAR_BATCH = 16  # windows
 DEGRADED = 3  # versions of the audio, besides the recorded one
 HEARD = "heard.npz"
@@ -69,7 +69,7 @@ SPEECH_ENCODER = moonshine.encoder_id(moonshine.WHEELS["base"].encoder)
 
 
 @dataclass(frozen=True, eq=False)
-class Heard:
+class Heard(Npz):
     """What serving would hear: V versions of a recording, each cut into chunks that begin at another frame."""
 
     hidden: npt.NDArray[np.float16]  # [V, C, WINDOW_TOKENS, 416] of the windows
@@ -121,7 +121,7 @@ def degraded(audio: Float32, quiet: npt.NDArray[np.bool_], seed: int) -> Float32
     Args:
         quiet: [samples] where nobody speaks.
     """
-    rng, piece = np.random.default_rng(seed), int(PIECE_SECONDS * clock.SAMPLE_RATE)
+    rng, piece = np.random.default_rng(seed), int(stage_b.DEGRADED_SECONDS * clock.SAMPLE_RATE)
     return np.concatenate(
         [augment.degrade(audio[at : at + piece], quiet[at : at + piece], [], rng) for at in range(0, len(audio), piece)]
     )
@@ -259,12 +259,8 @@ def make(
             speech = hear([audio], frames, lambda _: None).speech[0]
             quiet = np.repeat(speech < SPEECH_EDGES[0], clock.SAMPLES_PER_FRAME)[: len(audio)]
             versions = [audio, *(degraded(audio, quiet, seed + number) for number in range(DEGRADED))]
-            heard = hear(versions, frames, advance)
-            partial = done.folder / f"partial-{HEARD}"
-            np.savez(partial, hidden=heard.hidden, speech=heard.speech)
-            os.replace(partial, done.folder / HEARD)
-    with np.load(done.folder / HEARD) as kept:
-        heard = Heard(kept["hidden"], kept["speech"])
+            hear(versions, frames, advance).save(done.folder / HEARD)
+    heard = Heard.load(done.folder / HEARD)
     losses = fit(head, crops, track, heard, weights[:, :BLINK], motion[:BLINK], counts, seed, done, key)
     return head.tensors(), losses
 
@@ -430,9 +426,8 @@ def descend(
 
 
 def _save(state: object, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        torch.save(state, partial)
 
 
 def _resting(track: Track, targets: Float32) -> npt.NDArray[np.float64]:

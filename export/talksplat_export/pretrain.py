@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +43,7 @@ from torch import Tensor, nn
 from talksplat.avatar import FEATURES
 from talksplat.bench._report import commit
 from talksplat.clock import FPS, LEFT_CONTEXT, SAMPLE_RATE, SAMPLES_PER_FRAME
+from talksplat.files import replacing
 
 from . import alignment, augment, phonemes, synthesis
 from ._onnx import write
@@ -297,7 +297,6 @@ def pretrain(
         optimizer, config.learning_rate, total_steps=config.steps, pct_start=0.1
     )
     parts: dict[str, Any] = {"encoder": encoder, "targets": targets, "optimizer": optimizer, "schedule": schedule}
-    folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / f"checkpoint-{config.digest}.pt"
     done, figures = 0, {}
     if checkpoint.exists():
@@ -332,9 +331,8 @@ def pretrain(
                 values = "  ".join(f"{name} {value:.3f}" for name, value in figures.items())
                 progress.console.print(f"step {step + 1}: {values}")
                 states = {name: part.state_dict() for name, part in parts.items()}
-                partial = checkpoint.with_suffix(".part")
-                torch.save({"steps": step + 1, "figures": figures, **states}, partial)
-                os.replace(partial, checkpoint)
+                with replacing(checkpoint) as partial:
+                    torch.save({"steps": step + 1, "figures": figures, **states}, partial)
         progress.console.print(f"checkpoint: {checkpoint}")
     publish(encoder, config, figures, weights)
     return figures

@@ -10,7 +10,6 @@ tested with may be refined like any other.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +20,10 @@ from scipy.spatial.transform import Rotation
 
 from talksplat import splat
 from talksplat.avatar import BLINK
-from talksplat_export import _npz, geometry
+from talksplat_export import geometry
+from talksplat_export._npz import Npz
 from talksplat_export.recording import Image, Recording
-from talksplat_export.track import KEEP_SECONDS, Track, steadied
+from talksplat_export.track import Track, steadied
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -37,22 +37,12 @@ ITERATIONS = 4
 
 
 @dataclass(eq=False)
-class Progress:
+class Progress(Npz):
     """How far a refinement got."""
 
     done: int  # frames
     viewmats: Float64  # [T, 4, 4]
     weights: Float64  # [T, 21]
-
-    def save(self, path: Path) -> None:
-        """Write to ``path`` (.npz) in one step."""
-        _npz.save(self, path)
-
-    @classmethod
-    def load(cls, path: Path) -> Progress:
-        """Read what `save` wrote."""
-        arrays = _npz.load(cls, path)
-        return cls(**{**arrays, "done": int(arrays["done"])})
 
 
 def refine(
@@ -80,9 +70,8 @@ def refine(
         found = Progress(0, track.viewmats.astype(np.float64), tracked.astype(np.float64))
     moving = np.flatnonzero(shapes.basis_scales.any(0) & tracked.any(0))
     means = shapes.canonical[:3].T.astype(np.float64)
-    saved = time.monotonic()
     left = frames[found.done :]
-    try:
+    with found.kept(kept) as keep:
         for index, image in zip(left, recording.frames(left.start, left.stop), strict=True):
             crop, intrinsics = _cropped(means, found.viewmats[index], track.K, image)
             if track.seen[index] and crop.size:
@@ -91,12 +80,7 @@ def refine(
                 )
             found.done += 1
             advance(found.done)
-            if kept is not None and time.monotonic() - saved > KEEP_SECONDS:
-                found.save(kept)
-                saved = time.monotonic()
-    finally:
-        if kept is not None:
-            found.save(kept)
+            keep()
     changed = found.weights - tracked
     found.viewmats[frames] = steadied(found.viewmats[frames])
     return replace(

@@ -9,7 +9,6 @@ frames: lips and lids hardly count. (Without the mouth and the jaw, brows that r
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +22,10 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 from scipy.spatial import ConvexHull
 from scipy.spatial.transform import Rotation
 
-from talksplat_export import _npz, geometry
+from talksplat_export import geometry
+from talksplat_export._npz import Npz
 from talksplat_export.recording import Image, Recording
-from talksplat_export.track import KEEP_SECONDS, Track, steadied
+from talksplat_export.track import Track, steadied
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -42,22 +42,12 @@ FARTHEST = 0.12  # distances between the eyes that a pose may be corrected by; b
 
 
 @dataclass(eq=False)
-class Progress:
+class Progress(Npz):
     """How far a registration got."""
 
     done: int  # frames
     given: Float64  # [T, 4, 4] poses that it began with
     viewmats: Float64  # [T, 4, 4]
-
-    def save(self, path: Path) -> None:
-        """Write to ``path`` (.npz) in one step."""
-        _npz.save(self, path)
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read what `save` wrote."""
-        arrays = _npz.load(cls, path)
-        return cls(**{**arrays, "done": int(arrays["done"])})
 
     @classmethod
     def of(cls, track: Track, kept: Path | None) -> Self:
@@ -87,20 +77,13 @@ def refine(
     shrink = max(recording.size // SIDE, 1)
     template = _template(recording, track, shrink)
     found = Progress.of(track, kept)
-    saved = time.monotonic()
-    try:
+    with found.kept(kept) as keep:
         for index, image in enumerate(recording.frames(found.done), found.done):
             if track.seen[index]:
                 found.viewmats[index] = template.align(_grey(image, shrink), found.viewmats[index])
             found.done = index + 1
             advance(found.done)
-            if kept is not None and time.monotonic() - saved > KEEP_SECONDS:
-                found.save(kept)
-                saved = time.monotonic()
-    except BaseException:
-        if kept is not None:
-            found.save(kept)
-        raise
+            keep()
     if kept is not None:
         kept.unlink(missing_ok=True)
     return replace(track, viewmats=steadied(found.viewmats).astype(np.float32))

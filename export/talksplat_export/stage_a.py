@@ -21,6 +21,7 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 
 from talksplat.avatar import ATTRIBUTES, WEIGHTS
+from talksplat.files import replacing
 from talksplat_export import splat_torch
 from talksplat_export.geometry import Region, project
 from talksplat_export.recording import Recording
@@ -268,10 +269,9 @@ def fit(
         losses = state["losses"]
 
     def save() -> None:
-        partial = checkpoint.with_suffix(".partial")
         state = {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-        torch.save(state, partial)
-        os.replace(partial, checkpoint)
+        with replacing(checkpoint) as partial:
+            torch.save(state, partial)
 
     emphasis = torch.from_numpy(crops.emphasis)[..., None].to(device)
     emphasis = emphasis / emphasis.mean()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import resource
 import shutil
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
+from talksplat.files import replacing
 from talksplat_export import bars
 
 HASHED_BYTES = 64 << 20  # files up to this size are hashed, larger ones known by their size
@@ -142,9 +142,8 @@ class Steps:
 
 def write(path: Path, data: bytes) -> None:
     """Write a file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_bytes(data)
 
 
 def _fingerprint(path: Path) -> str:

@@ -8,7 +8,6 @@ package). A voice's recording is kept in a folder and made only once, so an inte
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -28,6 +27,7 @@ import soxr
 
 from talksplat import phonemiser
 from talksplat.clock import SAMPLE_RATE
+from talksplat.files import replacing
 from talksplat.speaking import HOP, SOURCE_RATE
 
 from . import phonemes, texts
@@ -35,7 +35,7 @@ from . import voice as vits
 from ._wheels import WeightsError, wheel_file
 
 LABEL_RATE = 100  # phoneme labels a second; label k is what is said at (k + 0.5) / LABEL_RATE seconds
-_LABEL_SAMPLES = SAMPLE_RATE // LABEL_RATE
+LABEL_SAMPLES = SAMPLE_RATE // LABEL_RATE
 LEVEL = 0.07  # RMS of an utterance, about -23 dBFS: every engine speaks equally loud
 
 Audio: TypeAlias = npt.NDArray[np.float32]
@@ -220,9 +220,9 @@ def label(utterance: Utterance, size: float = 1.0) -> tuple[Audio, npt.NDArray[n
         audio [T] with T a multiple of 160, labels [T / 160].
     """
     audio = soxr.resample(utterance.audio, utterance.sample_rate * size, SAMPLE_RATE).astype(np.float32)
-    audio = audio[: len(audio) // _LABEL_SAMPLES * _LABEL_SAMPLES]
+    audio = audio[: len(audio) // LABEL_SAMPLES * LABEL_SAMPLES]
     audio *= LEVEL / max(float(np.sqrt(np.mean(audio**2))), 1e-6)
-    labels = np.full(len(audio) // _LABEL_SAMPLES, phonemes.SILENCE, np.uint8)
+    labels = np.full(len(audio) // LABEL_SAMPLES, phonemes.SILENCE, np.uint8)
     for start, end, indices in utterance.segments:
         edges = np.linspace(start / size, end / size, len(indices) + 1) * LABEL_RATE
         for index, first, last in zip(indices, np.ceil(edges - 0.5), np.ceil(edges[1:] - 0.5), strict=False):
@@ -240,7 +240,7 @@ def record(voice: Voice, engines: Engines) -> Recording:
         tempo = voice.rate * float(rng.uniform(0.8, 1.2))
         spoken, said = label(engines.say(voice, next(sentences), tempo), voice.size)
         pause = int(rng.integers(5, 100))
-        audio += [spoken, np.zeros(pause * _LABEL_SAMPLES, np.float32)]
+        audio += [spoken, np.zeros(pause * LABEL_SAMPLES, np.float32)]
         labels += [said, np.full(pause, phonemes.SILENCE, np.uint8)]
     samples = np.clip(np.concatenate(audio) * 32768, -32768, 32767).astype(np.int16)
     return Recording(voice.label, samples, np.concatenate(labels))
@@ -323,7 +323,6 @@ def corpus(
     Raises:
         SynthesisError: an engine is missing or fails.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with Engines() as engines:
         for voice in plan:
             path = folder / f"{voice.label}.npz"
@@ -332,9 +331,7 @@ def corpus(
                     recording = Recording(voice.label, kept["audio"], kept["labels"])
             else:
                 recording = record(voice, engines)
-                partial = path.with_suffix(".part")
-                with partial.open("wb") as file:
-                    np.savez(file, audio=recording.audio, labels=recording.labels)
-                os.replace(partial, path)
+                with replacing(path) as partial:
+                    np.savez(partial, audio=recording.audio, labels=recording.labels)
             on_recording(recording)
             yield recording

@@ -11,13 +11,12 @@ import contextlib
 import hashlib
 import os
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,8 @@ from scipy.ndimage import median_filter
 from scipy.signal import savgol_filter
 
 from talksplat import clock
-from talksplat_export import _npz
+from talksplat.files import replacing
+from talksplat_export._npz import Npz
 from talksplat_export.recording import Recording
 
 Float32 = npt.NDArray[np.float32]
@@ -46,7 +46,6 @@ BLINK_BLENDSHAPES = ("eyeBlinkLeft", "eyeBlinkRight")
 BLENDSHAPES = 52  # FaceLandmarker's
 STEADY_ORDER = 2  # of the polynomial that a pose follows within a fifth of a second
 MAX_MISSING = 0.2  # of the frames may be without a face
-KEEP_SECONDS = 30.0  # of tracking between two writes of what was found
 POSES = "poses.npz"  # beside the detections that are kept, see `registration.refine`
 
 
@@ -97,7 +96,7 @@ LAYOUTS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Track:
+class Track(Npz):
     """What was found in each of T frames.
 
     Raises:
@@ -156,16 +155,6 @@ class Track:
             landmarks=self.landmarks[frames],
             seen=self.seen[frames],
         )
-
-    def save(self, path: Path) -> None:
-        """Write to ``path`` (.npz) in one step."""
-        _npz.save(self, path)
-
-    @classmethod
-    def load(cls, path: Path) -> Track:
-        """Read what `save` wrote."""
-        arrays = _npz.load(cls, path)
-        return cls(**{**arrays, "source": str(arrays["source"])})
 
 
 def lip_opening(landmarks: Float32) -> Float32:  # [T, L, 2] -> [T]
@@ -299,10 +288,8 @@ def landmarker_file(path: Path | None) -> Path:
             ) from error
         if hashlib.sha256(data).hexdigest() != LANDMARKER_SHA256:
             raise TrackError(f"{LANDMARKER_URL} sent another file than the one this version was tried with.")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(".partial")
-        partial.write_bytes(data)
-        os.replace(partial, cache)
+        with replacing(cache) as partial:
+            partial.write_bytes(data)
     return cache
 
 
@@ -376,7 +363,7 @@ def _pixels(face: Any, frame: npt.NDArray[np.uint8]) -> Float32:
 
 
 @dataclass(eq=False)
-class Detections:
+class Detections(Npz):
     """What FaceLandmarker found in T frames, as far as it got; a frame without a face has zeros."""
 
     done: int  # frames that were looked at
@@ -392,15 +379,12 @@ class Detections:
         shapes = (frames, max(LAYOUTS), 2), (frames, BLENDSHAPES), (frames, 4, 4)
         return cls(0, (), np.zeros(frames, bool), *(np.zeros(shape, np.float32) for shape in shapes))
 
-    def save(self, path: Path) -> None:
-        """Write to ``path`` (.npz) in one step."""
-        _npz.save(self, path)
-
     @classmethod
-    def load(cls, path: Path) -> Detections:
+    def load(cls, path: Path) -> Self:
         """Read what `save` wrote."""
-        arrays = _npz.load(cls, path)
-        return cls(**{**arrays, "done": int(arrays["done"]), "names": tuple(map(str, arrays["names"]))})
+        found = super().load(path)
+        found.names = tuple(map(str, found.names))
+        return found
 
 
 def detect(
@@ -414,23 +398,16 @@ def detect(
             an interrupt.
     """
     found = Detections.load(kept) if kept is not None and kept.exists() else Detections.none(recording.length)
-    saved = time.monotonic()
-    try:
-        with Landmarker(model) as landmarker:
-            for index, frame in enumerate(recording.frames(found.done), found.done):
-                face = landmarker(frame)
-                if face is not None:
-                    found.landmarks[index], scores, found.poses[index] = face
-                    found.names, found.scores[index] = tuple(scores), list(scores.values())
-                    found.seen[index] = True
-                found.done = index + 1
-                advance(found.done)
-                if kept is not None and time.monotonic() - saved > KEEP_SECONDS:
-                    found.save(kept)
-                    saved = time.monotonic()
-    finally:
-        if kept is not None:
-            found.save(kept)
+    with found.kept(kept) as keep, Landmarker(model) as landmarker:
+        for index, frame in enumerate(recording.frames(found.done), found.done):
+            face = landmarker(frame)
+            if face is not None:
+                found.landmarks[index], scores, found.poses[index] = face
+                found.names, found.scores[index] = tuple(scores), list(scores.values())
+                found.seen[index] = True
+            found.done = index + 1
+            advance(found.done)
+            keep()
     return found
 
 

@@ -14,6 +14,8 @@ from typing import TypeAlias
 from rich.console import Console
 from rich.table import Column, Table
 
+from talksplat.files import replacing
+
 Row: TypeAlias = dict[str, str | int | float | None]
 
 WIDEST = 20  # columns that fit beside each other; more of them go down, and rows across,
@@ -55,9 +57,9 @@ def report(
     for title, others in (further or {}).items():
         console.print(title, *_tables(others), highlight=False, sep="\n")
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         document = {"machine": machine(), "commit": commit(), "rows": list(rows), **(further or {})}
-        json_path.write_text(json.dumps(document, indent=1) + "\n")
+        with replacing(json_path) as unfinished:
+            unfinished.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _tables(rows: Sequence[Row]) -> list[Table]:

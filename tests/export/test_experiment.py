@@ -128,21 +128,6 @@ def test_what_is_no_result_is_refused_and_left(tmp_path: Path) -> None:
     assert path.read_text() == "something else"
 
 
-def test_a_file_that_can_not_be_finished_is_not_begun(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    Results(path).put(made_up_row("one"))
-    before = path.read_bytes()
-
-    def fail(unfinished: Path) -> None:
-        unfinished.write_bytes(b"half")
-        raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match="no space"):
-        experiment._put(path, fail)
-    assert path.read_bytes() == before
-    assert [file.name for file in tmp_path.iterdir()] == ["a.parquet"]
-
-
 # ------------------------------------------------------------------------------------ resuming, with made-up figures
 
 STUDY = """

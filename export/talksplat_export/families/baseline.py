@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talksplat.avatar import FEATURES
+from talksplat.files import replacing
 from talksplat_export import geometry, stage_a
 from talksplat_export.geometry import Float32, Region
 from talksplat_export.recording import Image, Recording
@@ -236,9 +236,8 @@ class Baseline(nn.Module, ABC):
 
         def save() -> None:
             state = {"net": self.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-            partial = checkpoint.with_suffix(".partial")
-            torch.save({**state, "seconds": spent()}, partial)
-            os.replace(partial, checkpoint)
+            with replacing(checkpoint) as partial:
+                torch.save({**state, "seconds": spent()}, partial)
 
         often = stage_a.sampling(self.scene.track[: self.scene.training])
         self.train()
@@ -303,8 +302,7 @@ def fitted(kind: type[Kind], scene: Scene, seed: int, minutes: float, done: Step
         kept = f"checkpoint-{kind.file}"
         with done.running(kind.name, key, kind.steps, [kind.file], kept=kept) as advance:
             losses = baseline.fit(crops, seed, minutes, done.folder / kept, advance)
-            partial = done.folder / f"{kind.file}.partial"
-            torch.save({"net": baseline.state_dict(), "losses": losses}, partial)
-            os.replace(partial, done.folder / kind.file)
+            with replacing(done.folder / kind.file) as partial:
+                torch.save({"net": baseline.state_dict(), "losses": losses}, partial)
     baseline.load_state_dict(torch.load(done.folder / kind.file, weights_only=True)["net"])
     return baseline.eval()
