@@ -531,7 +531,7 @@ def _measured(contender: Contender, landmarker: Landmarker, done: Steps, code: s
 def _measure(contender: Contender, landmarker: Landmarker, advance: Callable[[int], object]) -> Measured:
     subject = contender.subject
     picked, layout = notable(subject), subject.track.layout
-    face = subject.box((*layout.brows, *layout.jaw, *layout.mouth), margin=12)
+    face = subject.box(layout.face, margin=12)
     perceived = Perception(subject.box(layout.mouth, MOUTH_MARGIN))
     shown: dict[int, tuple[Image, Image]] = {}
 

@@ -70,7 +70,6 @@ MOST_TRAINING, LEAST_TEST, TEST_SHARE = 150.0, 35.0, 0.25  # seconds, seconds, o
 ROUGH_SHARE = 0.25  # of stage A's steps, as many come before the track is refined
 MIN_SECONDS = 2  # to fit to; a person worth looking at needs a minute
 MIN_GAUSSIANS = 100
-GEOMETRY_FRAMES = 1500  # that landmarks are triangulated from, at most
 LOOKS, DETECTIONS, TRACK = "looks.npz", "detections.npz", "track.npz"
 CROPS, CHECKPOINT, LOSSES, GAUSSIANS = "crops", "stage_a.pt", "losses.json", "gaussians.safetensors"
 ROUGH, REFINING, REFINED = "rough.pt", "refining.npz", "refined.npz"
@@ -423,7 +422,7 @@ def _seeds(
 ) -> tuple[stage_a.Crops, Float32, Float32]:
     """The frames cut to the region, and the first Gaussians: canonical planes [14, N] and motion [21, 3, N]."""
     train, folder, split_key = tracked[:training], done.folder, _split_key(recording, training, done)
-    used = slice(0, training, max(training // GEOMETRY_FRAMES, 1))
+    used = geometry.thinned(training)
     moving = np.flatnonzero(weights[:training].any(0))  # the weights that this recording has
     landmarks, distance = geometry.triangulate(train[used], weights[:training][used][:, moving])
     done.console.print(f"landmarks in 3D: {distance:.2f} px from the track")
@@ -506,7 +505,7 @@ def _stage_b(audio: Float32, train: Track, weights: Float32, settings: Settings,
     else:
         with done.running("hear", key, settings.degraded + 1, []) as advance:
             heard = stage_b.versions(audio, len(train), settings.degraded, settings.seed, advance)
-        every = slice(0, len(train), max(len(train) // GEOMETRY_FRAMES, 1))
+        every = geometry.thinned(len(train))
         landmarks, _ = geometry.triangulate(train[every], weights[every])
         with done.running("stage B", key, stage_b.STEPS, [ADAPTER]) as advance:
             adapter = stage_b.fit(heard, weights[:, :BLINK], landmarks[1 : BLINK + 1], train, settings.seed, advance)

@@ -31,6 +31,7 @@ MOUTH_SHARE = 14  # of all Gaussians, one in so many lies on each of the two she
 MOUTH_DEPTH = 0.010  # metres from the lips' surface to the teeth
 MIN_PIXELS = 200  # that Gaussians draw
 GRID = 8  # pixels between the points at which smooth fields are computed
+TRIANGULATED = 1500  # frames that landmarks are triangulated from, or up to twice as many
 
 
 # --- coefficients ------------------------------------------------------------------------------------------------
@@ -82,6 +83,11 @@ def unproject(pixels: Float64, depth: Float64, viewmat: Float32 | Float64, K: Fl
     rays = (pixels - [K[0, 2], K[1, 2]]) / [K[0, 0], K[1, 1]]
     seen = np.concatenate([rays, np.ones_like(rays[..., :1])], -1) * depth[..., None]
     return np.asarray((seen - viewmat[:3, 3]) @ viewmat[:3, :3].astype(np.float64))
+
+
+def thinned(frames: int) -> slice:
+    """Which of a recording's first frames landmarks are triangulated from."""
+    return slice(0, frames, max(frames // TRIANGULATED, 1))
 
 
 def triangulate(track: Track, weights: Float32, ridge: float = 1e-3) -> tuple[Float32, float]:

@@ -141,8 +141,7 @@ def reduce(offsets: Float32, rank: int = COEFFICIENTS) -> Reduction:  # [T, 14, 
 
 def kept_psnr(subject: Huma1Subject, reduction: Reduction, frames: Sequence[int]) -> list[float]:
     """PSNR [dB] between frames drawn with all of their offsets and with what the bases keep, in the face's box."""
-    layout = subject.track.layout
-    box = subject.box((*layout.brows, *layout.jaw, *layout.mouth))
+    box = subject.box(subject.track.layout.face)
     grey: Image = np.full((subject.avatar.height, subject.avatar.width, 3), 128, np.uint8)
     return [
         psnr(
@@ -168,7 +167,7 @@ def derive(
     weights[:, BLINK] = train.blink
     for frame, offsets in zip(fitted, drive(whole, subject.heard, fitted), strict=True):
         weights[frame, :rank] = reduction.project(offsets)
-    used = slice(0, len(fitted), max(len(fitted) // fit.GEOMETRY_FRAMES, 1))
+    used = geometry.thinned(len(fitted))
     landmarks, _ = geometry.triangulate(train[used], weights[used])
     adapter = stage_b.fit(heard, weights[:, :BLINK], landmarks[1 : BLINK + 1], train, seed, lambda _: None)
 

@@ -162,7 +162,7 @@ def measure(
     """
     draw = subject.drawer(driven_by)
     test, layout = subject.test, subject.track.layout
-    face = subject.box((*layout.brows, *layout.jaw, *layout.mouth))
+    face = subject.box(layout.face)
     mouth = subject.box(layout.mouth, MOUTH_MARGIN)
     face_db, mouth_db, full_db, similarity, found = [], [], [], [], []
     for index, recorded in zip(test, subject.recording.frames(test.start, test.stop), strict=True):
@@ -236,7 +236,7 @@ def lip_openings(subject: Subject, driven_by: str) -> Float32:
 def _displaced(subject: Subject, weights: Float32) -> Float32:
     """The landmarks [T, L, 2] that weights give in the reference view, for the test frames."""
     tracked, stop = subject.track, subject.test.start
-    every = slice(0, stop, max(stop // 1500, 1))
+    every = geometry.thinned(stop)
     fitted = subject.weights("coefficients")[:stop][every]
     model, _ = geometry.triangulate(tracked[every], fitted)
     points = model[0] + np.einsum("tw,wlk->tlk", weights[subject.test.start :], model[1:])

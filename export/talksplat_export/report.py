@@ -62,8 +62,7 @@ class _Watched:
     frames: dict[str, list[Image]] = field(default_factory=dict)  # of the video: "recorded" and by driver
 
     def __post_init__(self) -> None:
-        layout = self.subject.track.layout
-        self._face = self.subject.box((*layout.brows, *layout.jaw, *layout.mouth))
+        self._face = self.subject.box(self.subject.track.layout.face)
 
     def see(self, driven_by: str, index: int, recorded: Image, drawn: Image) -> None:
         """Note one test frame, in order."""
@@ -221,7 +220,7 @@ def _pictures(subject: Subject, watched: _Watched) -> Iterator[tuple[str, bytes]
         if len(apart) < WORST and all(abs(index - other) >= clock.FPS for other in apart):
             apart.append(index)
     picked += [(f"Worst frame, driven by audio: {watched.psnr['audio'][i]:.1f} dB", i) for i in apart]
-    face = subject.box((*track.layout.brows, *track.layout.jaw, *track.layout.mouth), margin=FACE_MARGIN)
+    face = subject.box(track.layout.face, margin=FACE_MARGIN)
     drawers = [subject.drawer(driver) for driver in DRIVERS]
     for title, offset in picked:
         index = test.start + offset

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from talksplat import clock
-from talksplat.animator import gate
+from talksplat.animator import SPEECH_EDGES, gate
 from talksplat.avatar import COEFFICIENTS, FEATURES, HIDDEN
 from talksplat_export import audio_encoder, augment, vad
 from talksplat_export.track import Track
@@ -79,7 +79,7 @@ def versions(audio: Float32, frames: int, count: int, seed: int, advance: Callab
     rng = np.random.default_rng(seed)
     audio = audio[: frames * clock.SAMPLES_PER_FRAME]
     piece = int(DEGRADED_SECONDS * clock.SAMPLE_RATE)
-    quiet = np.repeat(heard[0].speech < 0.1, clock.SAMPLES_PER_FRAME)[: len(audio)]
+    quiet = np.repeat(heard[0].speech < SPEECH_EDGES[0], clock.SAMPLES_PER_FRAME)[: len(audio)]
     for number in range(count):
         degraded, resting = [], np.zeros(frames, bool)
         for at in range(0, len(audio), piece):

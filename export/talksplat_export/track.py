@@ -64,6 +64,11 @@ class Layout:
     jaw: tuple[int, ...]  # ear to ear by way of the chin
     nose: tuple[int, ...]
 
+    @property
+    def face(self) -> tuple[int, ...]:
+        """What spans it, from brows to chin and from ear to ear."""
+        return (*self.brows, *self.jaw, *self.mouth)
+
 
 def _range(start: int, stop: int) -> tuple[int, ...]:
     return tuple(range(start, stop))

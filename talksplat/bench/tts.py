@@ -18,6 +18,7 @@ from talksplat.clock import SAMPLE_RATE
 from talksplat.server import ROOT, Ports, Server
 
 _TOGETHER = (1, 2, 4)  # sentences
+_LONGEST_SECONDS = 60.0  # for one of them
 _REPLIES = ROOT / "model_repository" / "tts" / "1" / "replies.json"
 
 
@@ -60,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _together(url: str, texts: Sequence[str], repeats: int) -> Row:
     """Each text is asked for by a client of its own, all at once, and again when all have it whole."""
-    begin = threading.Barrier(len(texts))
+    begin = threading.Barrier(len(texts), timeout=_LONGEST_SECONDS)  # else who fails leaves the others waiting
 
     def speak(text: str) -> tuple[list[float], list[float]]:
         firsts, wholes = [], []

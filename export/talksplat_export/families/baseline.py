@@ -31,7 +31,6 @@ DROPOUT = 0.1  # of the features
 MARGIN = 8  # pixels around the mask
 FINAL_RATE = 0.05  # of the learning rate at the end
 CHECKPOINT_SECONDS = 30.0
-GEOMETRY_FRAMES = 1500  # that landmarks are triangulated from, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +48,7 @@ class Scene:
     @classmethod
     def of(cls, recording: Recording, track: Track, heard: Heard, training: int) -> Scene:
         """Lay out the region from the frames to fit to."""
-        every = slice(0, training, max(training // GEOMETRY_FRAMES, 1))
+        every = geometry.thinned(training)
         basis = geometry.coefficient_basis(track[:training].expression)
         weights = geometry.frame_weights(track, basis)[every]
         weights = weights[:, weights.any(0)]
