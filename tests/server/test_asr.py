@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import queue
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from tritonclient.utils import InferenceServerException
 from talksplat import asr, clock
 from talksplat.bench.asr import transcribe
 from talksplat.server import ROOT, Server
+from talksplat.tenants import HEADER
 
 Float32 = npt.NDArray[np.float32]
 
@@ -179,6 +181,7 @@ def test_audio_that_makes_no_sense_is_refused(audio: Any, reason: str) -> None:
 def test_the_networks_can_run_as_tritons_own_models(tmp_path: Path) -> None:
     """model.py of `asr` with the parameter networks = triton, on a fake `triton_python_backend_utils`."""
     decoder, asked = Script(3, 4, asr.EOS), []
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     class TritonError(Exception):
         INVALID_ARG, INTERNAL = 1, 2
@@ -208,16 +211,23 @@ def test_the_networks_can_run_as_tritons_own_models(tmp_path: Path) -> None:
             return SimpleNamespace(has_error=lambda: False, outputs=self.outputs)
 
     class Asked(dict[str, Any]):
-        """A request, by the names of its tensors."""
+        """A request, by the names of its tensors; its sender gives what it sends to `answers`."""
 
         def request_id(self) -> str:
             return "said-0"
+
+        def parameters(self) -> str:
+            return ""
+
+        def get_response_sender(self) -> Any:
+            return SimpleNamespace(send=lambda answer, flags: answers.put(answer))
 
     def tensor(name: str, array: Any) -> Any:
         return SimpleNamespace(name=name, array=array, as_numpy=lambda: array)
 
     fake: Any = ModuleType("triton_python_backend_utils")
     fake.Tensor, fake.InferenceRequest = tensor, Request
+    fake.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
     fake.TRITONSERVER_MEMORY_CPU, fake.PreferredMemory = "CPU", lambda kind, place: (kind, place)
     fake.InferenceResponse = lambda outputs=None, error=None: error or outputs
     fake.TritonError, fake.MetricFamily = TritonError, mock.MagicMock()
@@ -236,13 +246,19 @@ def test_the_networks_can_run_as_tritons_own_models(tmp_path: Path) -> None:
     config = {"parameters": {"networks": {"string_value": "triton"}}}
     with mock.patch("talksplat.log.configure"):  # this process's logging is pytest's
         model.initialize({"model_config": json.dumps(config), "model_repository": str(tmp_path), "model_version": "1"})
-    ((text,),) = model.execute([Asked(AUDIO=np.zeros(8000, np.float32))])
+
+    def answers_to(*audios: Any) -> list[Any]:
+        assert model.execute([Asked(AUDIO=audio.astype(np.float32)) for audio in audios]) == [None] * len(audios)
+        return [answers.get(timeout=10) for _ in audios]
+
+    ((text,),) = answers_to(np.zeros(8000))
     assert text.array.tolist() == [b"yes no"]
     assert asked == ["vad", "asr_encoder", *["asr_decoder"] * 3]
 
-    unusable, failed = model.execute([Asked(AUDIO=np.zeros(0, np.float32)), Asked(AUDIO=np.zeros(8000, np.float32))])
+    unusable, failed = answers_to(np.zeros(0), np.zeros(8000))
     assert (unusable.code, failed.code) == (TritonError.INVALID_ARG, TritonError.INTERNAL)
     assert str(failed) == "The decoder has said all."
+    model.finalize()
 
 
 # The real server
@@ -285,6 +301,30 @@ def test_silence_noise_and_a_blip_have_no_text(client: triton.InferenceServerCli
     noise = np.random.default_rng(0).normal(0, 0.05, 3 * clock.SAMPLE_RATE).astype(np.float32)
     for audio in (np.zeros(1, np.float32), np.zeros(30 * clock.SAMPLE_RATE, np.float32), noise, noise[:160]):
         assert transcribe(client, audio) == ""
+
+
+def test_nobody_waits_for_all_that_another_tenant_sends(server: Server) -> None:
+    """Who floods is served in turn with the others, and its oldest requests are dropped where too many wait."""
+    answered: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+    audio = triton.InferInput("AUDIO", [30 * clock.SAMPLE_RATE], "FP32")
+    audio.set_data_from_numpy(np.zeros(30 * clock.SAMPLE_RATE, np.float32))
+
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        flood = 24
+
+        def ask(tenant: str) -> None:
+            def callback(result: object, error: InferenceServerException | None) -> None:
+                answered.put((tenant, str(error and error.status())))
+
+            client.async_infer("transcribe", [audio], callback, headers={HEADER: tenant})
+
+        for _ in range(flood):
+            ask("flooder")
+        order = [answered.get(timeout=30)]  # all of them have come, or nearly
+        ask("other")
+        order += [answered.get(timeout=30) for _ in range(flood)]
+    assert order.index(("other", "None")) < flood - 8
+    assert {error for _, error in order} == {"None", "StatusCode.CANCELLED"}
 
 
 @pytest.mark.parametrize("audio", [np.zeros(0), np.full(1600, np.nan), np.zeros(31 * clock.SAMPLE_RATE)])

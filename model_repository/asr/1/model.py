@@ -7,20 +7,39 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
-from talksplat import asr
+from talksplat import asr, clock, tenants
+from talksplat.fair import FairQueue
 from talksplat.log import Fields
-from talksplat.triton import Failures, array, ask, response
+from talksplat.schedule import DeadlineError
+from talksplat.triton import Failures, array, ask, parameters, response, send
+
+# Of one tenant's audio that waits, 38 MB and some 20 s of work. Triton does not tell a step of an ensemble that its
+# request was given up, so that without this whoever sends and gives up could fill hours.
+MOST_SAMPLES = 20 * clock.MAX_UTTERANCE_SECONDS * clock.SAMPLE_RATE
 
 _log = logging.getLogger("asr")
 
 
+class _Utterance(NamedTuple):
+    """A request until it is answered."""
+
+    request: Any
+    sender: Any
+    audio: npt.NDArray[np.float32]  # [T]
+    arrived: float  # seconds of the monotonic clock
+
+
 class TritonPythonModel:
-    """See config.pbtxt."""
+    """See config.pbtxt.
+
+    `execute` hands requests over and returns at once; tenants are served in turn.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the networks, or leave them to Triton.
@@ -42,21 +61,41 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException("asr: the parameter networks is neither in_process nor triton.")
         tokenizer = asr.Tokenizer((folder / args["model_version"] / "tokenizer.bin").read_bytes())
         self.transcribe = asr.Transcriber(networks, tokenizer)
+        self.waiting = FairQueue(self._respond, self._drop, MOST_SAMPLES, "transcribe")
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request, one after the other."""
-        return [self._respond(request) for request in requests]
+        """None for a request that is answered later, by its sender."""
+        return [self._take_up(request) for request in requests]
 
-    def _respond(self, request: Any) -> Any:
-        began = time.monotonic()
+    def finalize(self) -> None:
+        """End the thread."""
+        self.waiting.close()
+
+    def _take_up(self, request: Any) -> Any:
         try:
-            text = self.transcribe(array(request, "AUDIO"))
+            tenant = str(parameters(request).get(tenants.HEADER, ""))
+            audio = array(request, "AUDIO").copy()  # Triton uses its memory again
         except Exception as error:
             return self.failures.answer(request, error)
-        # that it was done, but never what was said
-        told = Fields(request_id=request.request_id(), milliseconds=1e3 * (time.monotonic() - began))
-        _log.debug("transcribed", extra=told)
-        return response(TEXT=np.array([text.encode()], np.object_))
+        utterance = _Utterance(request, request.get_response_sender(), audio, time.monotonic())
+        self.waiting.add(tenant, utterance, len(audio))
+        return None
+
+    def _respond(self, utterance: _Utterance) -> None:
+        try:
+            answer = response(TEXT=np.array([self.transcribe(utterance.audio).encode()], np.object_))
+        except Exception as error:
+            answer = self.failures.answer(utterance.request, error)
+        else:
+            # that it was done, but never what was said
+            milliseconds = 1e3 * (time.monotonic() - utterance.arrived)
+            told = Fields(request_id=utterance.request.request_id(), milliseconds=milliseconds)
+            _log.debug("transcribed", extra=told)
+        send(utterance.sender, answer)
+
+    def _drop(self, utterance: _Utterance) -> None:
+        error = DeadlineError("too much newer audio of the same tenant waits for its text")
+        send(utterance.sender, self.failures.answer(utterance.request, error))
 
 
 def _through_triton() -> asr.Networks:
