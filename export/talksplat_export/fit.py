@@ -377,7 +377,7 @@ def _fitted(
         settings.steps,
         settings.seed,
         checkpoint,
-        lambda progress: advance(progress.step),
+        advance,
         torch.device(settings.device),
     )
 

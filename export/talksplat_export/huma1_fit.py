@@ -12,10 +12,8 @@ gate on its output. So silence is the canonical face.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -36,7 +34,7 @@ from talksplat.avatar import (
     WINDOW_TOKENS,
 )
 from talksplat.files import replacing
-from talksplat_export import augment, huma1, moonshine, splat_torch, stage_a, stage_b, vad
+from talksplat_export import augment, huma1, moonshine, stage_a, stage_b, vad
 from talksplat_export._npz import Npz
 from talksplat_export.stage_a import Crops, Gaussians
 from talksplat_export.steps import Steps
@@ -162,14 +160,15 @@ class Head(nn.Module):
         self.register_buffer("box", torch.stack([means.amin(1), means.amax(1)]) + margin)
         self.register_buffer("units", torch.from_numpy(OFFSET_UNITS))
 
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Parameters by the names of their learning rates."""
-        return {
+    def groups(self, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+        """Parameters and their learning rates, as optimizers take them; what has no rate stands still."""
+        parameters = {
             **{name: [parameter] for name, parameter in self.canonical.items()},
             **{f"blink {name}": [parameter] for name, parameter in self.blink.items()},
             "triplanes": list(self.triplanes),
             "net": list(self.net.values()),
         }
+        return [{"params": parameters[name], "lr": rate} for name, rate in rates.items()]
 
     def table(self, chosen: Tensor | slice = slice(None)) -> Tensor:  # [32, N]
         """Features of the Gaussians at their canonical means."""
@@ -289,8 +288,7 @@ def fit(
         done: keeps what each step leaves, so that an interrupted fit goes on.
         key: of all the other arguments.
     """
-    emphasis = torch.from_numpy(crops.emphasis)[..., None]
-    emphasis = emphasis / emphasis.mean()
+    emphasis = crops.even_emphasis()
     gates = torch.from_numpy(gate(heard.speech))
     blinks = torch.from_numpy(track.blink)
     versions = len(heard.hidden)
@@ -304,7 +302,7 @@ def fit(
     def pixels(picked: npt.NDArray[np.int64], offsets: Tensor | None, shrink: int) -> Tensor:
         frames = crops.frames[picked]
         gaussians = head(offsets, blinks[torch.from_numpy(frames)])
-        return photometric(gaussians, crops, picked, track, emphasis, shrink)
+        return stage_a.photometric(gaussians, crops, picked, track, emphasis, shrink)
 
     def static(step: int) -> Tensor:
         rng = np.random.default_rng([seed, 0, step])
@@ -343,85 +341,11 @@ def fit(
             done.skipped(name)
         else:
             with done.running(name, key, count, [left.name], kept=kept.name) as advance:
-                losses = descend(head, rates, count, loss, kept, advance)
+                losses = stage_a.descend(head, head.groups(rates), count, loss, kept, advance)
                 _save({"head": head.state_dict(), "losses": losses}, left)
         state = torch.load(left, weights_only=True)
         head.load_state_dict(state["head"])
         losses = state["losses"]
-    return losses
-
-
-def photometric(
-    gaussians: Gaussians,
-    crops: Crops,
-    picked: Iterable[int],  # of the crops
-    track: Track,
-    emphasis: Tensor,  # [H, W, 1] of mean 1
-    shrink: int,
-) -> Tensor:
-    """Stage A's loss: weighted L1 and SSIM of the premultiplied colours, L1 of the alphas."""
-    picked = list(picked)
-    colors, alphas = (torch.stack(list(side)) for side in zip(*(crops.target(i, shrink) for i in picked), strict=True))
-    drawn, covered = splat_torch.rasterization(
-        *gaussians,
-        torch.from_numpy(track.viewmats[crops.frames[picked]]),
-        torch.stack([crops.camera(track.K, index, shrink) for index in picked]),
-        colors.shape[2],
-        colors.shape[1],
-    )
-    heavy = nn.functional.avg_pool2d(emphasis.permute(2, 0, 1), shrink).permute(1, 2, 0)
-    similarity = splat_torch.ssim(drawn, colors)
-    return (
-        (1 - stage_a.SSIM_SHARE) * ((drawn - colors).abs() * heavy).mean()
-        + stage_a.SSIM_SHARE * (1 - similarity)
-        + stage_a.ALPHA_WEIGHT * (covered - alphas).abs().mean()
-    )
-
-
-def descend(
-    head: Head,
-    rates: Mapping[str, float],  # by the names of `Head.groups`; what has none stands still
-    steps: int,
-    loss_at: Callable[[int], Tensor],
-    checkpoint: Path,
-    advance: Callable[[int], object],
-) -> list[float]:
-    """Adam with falling rates; saves to ``checkpoint`` every minute, and goes on from there if it can be read."""
-    groups = head.groups()
-    optimizer = torch.optim.Adam(
-        [{"params": groups[name], "lr": rate} for name, rate in rates.items()],
-        betas=(0.9, 0.99),
-        eps=1e-15,
-        fused=True,
-    )
-    losses: list[float] = []
-    state = None
-    with contextlib.suppress(Exception):  # whatever zipfile, pickle and PyTorch say to a missing or damaged file
-        state = torch.load(checkpoint, weights_only=True)
-    if state is not None:
-        head.load_state_dict(state["head"])
-        optimizer.load_state_dict(state["optimizer"])
-        losses = state["losses"]
-
-    def save() -> None:
-        _save({"head": head.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, checkpoint)
-
-    saved = time.monotonic()
-    try:
-        for step in range(len(losses), steps):
-            for group, rate in zip(optimizer.param_groups, rates.values(), strict=True):
-                group["lr"] = rate * stage_a.FINAL_RATE ** (step / steps)
-            loss = loss_at(step)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            losses.append(loss.item())
-            advance(step + 1)
-            if time.monotonic() - saved > stage_a.CHECKPOINT_SECONDS:
-                save()
-                saved = time.monotonic()
-    finally:
-        save()
     return losses
 
 

@@ -36,7 +36,6 @@ class _Rasterization(torch.autograd.Function):
         backgrounds: Tensor | None,
         width: int,
         height: int,
-        threads: int | None,
     ) -> tuple[Tensor, Tensor]:
         render_colors, render_alphas, tape = splat.render_with_tape(
             _numpy(means),
@@ -49,7 +48,6 @@ class _Rasterization(torch.autograd.Function):
             width,
             height,
             backgrounds=None if backgrounds is None else _numpy(backgrounds),
-            threads=threads,
         )
         images = torch.from_numpy(render_colors), torch.from_numpy(render_alphas)
         ctx.tape = tape
@@ -62,7 +60,7 @@ class _Rasterization(torch.autograd.Function):
         _ = ctx.saved_tensors
         grad_colors, grad_alphas = grads
         gradients = ctx.tape.backward(_numpy(grad_colors), _numpy(grad_alphas))
-        return (*(torch.from_numpy(g) for g in gradients), None, None, None, None, None, None)
+        return (*(torch.from_numpy(g) for g in gradients), None, None, None, None, None)
 
 
 def rasterization(
@@ -77,15 +75,11 @@ def rasterization(
     height: int,
     *,
     backgrounds: Tensor | None = None,  # [3] or [F, 3]
-    threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`talksplat.splat.render` in exact mode: ``(colors [..., H, W, 3], alphas [..., H, W, 1])``.
 
     Named after gsplat's function of the same conventions, which draws what lives on a GPU. Gradients flow from both
     images to the five tensors of the Gaussians, not to cameras and backgrounds.
-
-    Args:
-        threads: of the CPU.
 
     Raises:
         ValueError: a camera or the backgrounds require a gradient; a shape is wrong.
@@ -98,7 +92,7 @@ def rasterization(
     if device.type != "cpu":
         return _gsplat(means, quats, scales, opacities, colors, viewmats, Ks, width, height, backgrounds)
     images: tuple[Tensor, Tensor] = _Rasterization.apply(  # type: ignore[no-untyped-call]
-        means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, width, height, threads
+        means, quats, scales, opacities, colors, viewmats, Ks, backgrounds, width, height
     )
     return images
 

@@ -6,6 +6,7 @@ learn nothing of the background and cover the plate wherever the mask is 1.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +67,11 @@ class Crops:
         mask = torch.from_numpy(self.masks[index].astype(np.float32) / 255)[..., None]
         colors = torch.from_numpy(self.pixels[index].astype(np.float32) / 255) * mask
         return _shrink(colors, shrink), _shrink(mask, shrink)
+
+    def even_emphasis(self) -> Tensor:
+        """The emphasis [H, W, 1], of mean 1."""
+        emphasis = torch.from_numpy(self.emphasis)[..., None]
+        return emphasis / emphasis.mean()
 
     def camera(self, K: Float32, index: int, shrink: int) -> Tensor:  # noqa: N803
         """[3, 3] of a crop, reduced ``shrink`` times."""
@@ -186,6 +192,14 @@ class Head(nn.Module):
         head.load_state_dict(state)
         return head
 
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameters and their learning rates, as optimizers take them."""
+        return [
+            {"params": [part[name]], "lr": rate}
+            for name, (_, *rates) in GROUPS.items()
+            for part, rate in zip((self.rest, self.bases), rates, strict=True)
+        ]
+
     def forward(self, weights: Tensor) -> Gaussians:  # [F, 21]
         """Means, quats, scales, opacities, colors of each frame, as the rasterizer takes them."""
         planes = {
@@ -226,14 +240,6 @@ def sampling(track: Track) -> npt.NDArray[np.float64]:
     return np.asarray(share / share.sum(), np.float64)
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What `fit` reports after a step."""
-
-    step: int
-    loss: float
-
-
 def fit(
     head: Head,
     crops: Crops,
@@ -243,73 +249,100 @@ def fit(
     steps: int,
     seed: int,
     checkpoint: Path,
-    advance: Callable[[Progress], object],
+    advance: Callable[[int], object],
     device: torch.device = CPU,
 ) -> list[float]:
-    """Train ``head`` in place for ``steps``, from ``checkpoint`` where there is one; returns the loss of every step.
-
-    An interrupt (or any error) saves the state first; the steps of a run that was resumed are those of one that was
-    not.
+    """Train ``head`` in place for ``steps``, see `descend`; returns the loss of every step.
 
     Args:
         device: that computes; ``head`` comes back to the CPU. A GPU's path is written, not run here: see `splat_torch`.
     """
     head.to(device)
-    groups = []
-    for name, (_, rest_rate, bases_rate) in GROUPS.items():
-        groups.append({"params": [head.rest[name]], "lr": rest_rate})
-        groups.append({"params": [head.bases[name]], "lr": bases_rate})
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15, fused=True)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    emphasis = crops.even_emphasis().to(device)
+
+    def loss_at(step: int) -> Tensor:
+        picked = np.random.default_rng([seed, step]).choice(len(crops.frames), BATCH, p=sampling)
+        gaussians: Gaussians = head(torch.from_numpy(weights[crops.frames[picked]]).to(device))
+        shrink = 2 if step / steps < COARSE_SHARE else 1
+        return photometric(gaussians, crops, picked, track, emphasis, shrink)
+
+    try:
+        return descend(head, head.groups(), steps, loss_at, checkpoint, advance)
+    finally:
+        head.to(CPU)
+
+
+def photometric(
+    gaussians: Gaussians,
+    crops: Crops,
+    picked: npt.NDArray[np.int64],  # [F] of the crops
+    track: Track,
+    emphasis: Tensor,  # [H, W, 1] of mean 1
+    shrink: int,
+) -> Tensor:
+    """Weighted L1 and SSIM of the premultiplied colours, L1 of the alphas; where the Gaussians live."""
+    device = gaussians[0].device
+    targets = [crops.target(index, shrink) for index in picked]
+    colors, alphas = (torch.stack(images).to(device) for images in zip(*targets, strict=True))
+    drawn, covered = splat_torch.rasterization(
+        *gaussians,
+        torch.from_numpy(track.viewmats[crops.frames[picked]]).to(device),
+        torch.stack([crops.camera(track.K, index, shrink) for index in picked]).to(device),
+        colors.shape[2],
+        colors.shape[1],
+    )
+    return (
+        (1 - SSIM_SHARE) * ((drawn - colors).abs() * _shrink(emphasis, shrink)).mean()
+        + SSIM_SHARE * (1 - splat_torch.ssim(drawn, colors))
+        + ALPHA_WEIGHT * (covered - alphas).abs().mean()
+    )
+
+
+def descend(
+    net: nn.Module,
+    groups: Sequence[Mapping[str, Any]],  # its parameters and their learning rates, as optimizers take them
+    steps: int,
+    loss_at: Callable[[int], Tensor],
+    checkpoint: Path,
+    advance: Callable[[int], object],
+) -> list[float]:
+    """Adam with falling rates; returns the loss of every step.
+
+    The state is saved to ``checkpoint`` every minute, and whatever ends the descent. It goes on from there if that can
+    be read: the steps are then those of one that was not interrupted.
+
+    Args:
+        advance: called with the number of steps done.
+    """
+    optimizer = torch.optim.Adam([dict(group) for group in groups], betas=(0.9, 0.99), eps=1e-15, fused=True)
     losses: list[float] = []
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=device)
-        head.load_state_dict(state["head"])
+    state = None
+    with contextlib.suppress(Exception):  # whatever zipfile, pickle and PyTorch say to a missing or damaged file
+        state = torch.load(checkpoint, weights_only=True, map_location=next(net.parameters()).device)
+    if state is not None:
+        net.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
         losses = state["losses"]
 
     def save() -> None:
-        state = {"head": head.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+        state = {"head": net.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
         with replacing(checkpoint) as partial:
             torch.save(state, partial)
 
-    emphasis = torch.from_numpy(crops.emphasis)[..., None].to(device)
-    emphasis = emphasis / emphasis.mean()
     saved = time.monotonic()
     try:
         for step in range(len(losses), steps):
-            done = step / steps
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * FINAL_RATE**done
-            shrink = 2 if done < COARSE_SHARE else 1
-            picked = np.random.default_rng([seed, step]).choice(len(crops.frames), BATCH, p=sampling)
-            targets = [crops.target(index, shrink) for index in picked]
-            colors, alphas = (torch.stack(images).to(device) for images in zip(*targets, strict=True))
-            frames = crops.frames[picked]
-            gaussians: Gaussians = head(torch.from_numpy(weights[frames]).to(device))
-            drawn, covered = splat_torch.rasterization(
-                *gaussians,
-                torch.from_numpy(track.viewmats[frames]).to(device),
-                torch.stack([crops.camera(track.K, index, shrink) for index in picked]).to(device),
-                colors.shape[2],
-                colors.shape[1],
-                threads=1,
-            )
-            heavy = _shrink(emphasis, shrink)
-            loss = (
-                (1 - SSIM_SHARE) * ((drawn - colors).abs() * heavy).mean()
-                + SSIM_SHARE * (1 - splat_torch.ssim(drawn, colors))
-                + ALPHA_WEIGHT * (covered - alphas).abs().mean()
-            )
+            for group, given in zip(optimizer.param_groups, groups, strict=True):
+                group["lr"] = given["lr"] * FINAL_RATE ** (step / steps)
+            loss = loss_at(step)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             losses.append(loss.item())
-            advance(Progress(step + 1, losses[-1]))
+            advance(step + 1)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save()
                 saved = time.monotonic()
     finally:
         save()
-        head.to(CPU)
     return losses

@@ -570,7 +570,7 @@ def test_the_first_generation_is_fitted_by_the_same_command_and_goes_on_after_an
 ) -> None:
     monkeypatch.setattr(huma1_fit, "DEGRADED", 1)
     more = ("--profile", "huma1", "--steps", 6, "--train-seconds", 2.0)
-    photometric, calls = huma1_fit.photometric, []
+    photometric, calls = stage_a.photometric, []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -578,7 +578,7 @@ def test_the_first_generation_is_fitted_by_the_same_command_and_goes_on_after_an
             raise KeyboardInterrupt
         return photometric(*arguments)
 
-    monkeypatch.setattr(huma1_fit, "photometric", interrupted)
+    monkeypatch.setattr(stage_a, "photometric", interrupted)
     assert fit_head(head, tmp_path, *more) == 130
     assert not (tmp_path / "avatars").exists()
     assert fit_head(head, tmp_path, *more) == 0

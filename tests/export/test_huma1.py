@@ -16,7 +16,7 @@ from make_avatar import make_huma1_avatar
 from talksplat import avatar as bundle
 from talksplat import clock, splat, triplanes
 from talksplat.avatar import HEADS, HUMA1_WEIGHTS, KEY, SPEECH_TOKENS, SPEECH_WIDTH, VALUE, WINDOW_TOKENS
-from talksplat_export import _onnx, feeds, huma1, huma1_drive, huma1_fit, moonshine, quality, stage_b
+from talksplat_export import _onnx, feeds, huma1, huma1_drive, huma1_fit, moonshine, quality, stage_a, stage_b
 from talksplat_export.huma1_drive import Huma1Subject
 from talksplat_export.huma1_fit import Heard
 from talksplat_export.recording import Recording
@@ -151,7 +151,7 @@ def test_an_interrupted_descent_goes_on_as_if_nothing_had_happened(tmp_path: Pat
                 raise KeyboardInterrupt
             return (head.offsets(speech[step % 2][None]) - 0.01).square().mean()
 
-        return head, huma1_fit.descend(head, huma1_fit.RATES, steps, loss_at, path, lambda _: None)
+        return head, stage_a.descend(head, head.groups(huma1_fit.RATES), steps, loss_at, path, lambda _: None)
 
     straight, losses = descend(8, tmp_path / "straight.pt")
     with pytest.raises(KeyboardInterrupt):
