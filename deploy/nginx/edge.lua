@@ -9,6 +9,7 @@ ffi.cdef([[
 local LEASE_SECONDS = 2 -- of a stream that sends nothing
 local LONG_SECONDS = 60 -- that a request of the kinds "long" and "turn" may take: their nginx location's read time-out
 local HEALTHY_SECONDS = 5 -- after a replica's last canary
+local BYTES = 128 * 1024 -- for each of which a request counts once more: two chunks' audio
 local COMPRESSED = "Compressed requests are not taken."
 
 -- The file `models` beside this one.
@@ -141,6 +142,14 @@ local function hash_of(key)
   end))
 end
 
+-- Counts requests of a tenant: in this second, or for a rate below 1 in the time that one takes. True if it has sent more
+-- than it may, and the window's length.
+local function count(tenant, requests)
+  local window = math.max(1, 1 / tenant.rate)
+  local counted = rates:incr(tenant.name .. math.floor(ngx.now() / window), requests, 0, 2 * window)
+  return counted and counted > tenant.rate * window, window
+end
+
 -- Whose key it is. What is looked up is a hash, of which nobody can choose a single bit: how long that takes tells nothing.
 function edge.authenticate(method)
   local key = (ngx.var.http_authorization or ""):match("^[Bb]earer +(%S+)$")
@@ -153,10 +162,8 @@ function edge.authenticate(method)
   if method and ngx.req.get_method() ~= method then
     return refuse(403, SENTENCES[403])
   end
-  -- requests in this second, or for a rate below 1 in the time that one takes
-  local window = math.max(1, 1 / tenant.rate)
-  local count = rates:incr(tenant.name .. math.floor(ngx.now() / window), 1, 0, 2 * window)
-  if count and count > tenant.rate * window then
+  local exceeded, window = count(tenant, 1)
+  if exceeded then
     return refuse(429, "The tenant sends more requests than it may.", math.ceil(window))
   end
 end
@@ -257,6 +264,9 @@ end
 local function body_of(limit)
   ngx.req.read_body()
   local body = ngx.req.get_body_data() or ""
+  if #body >= BYTES then -- this one has come; what it has cost counts for the next ones, before they are read
+    count(ngx.ctx.tenant, math.floor(#body / BYTES))
+  end
   if #body > limit then
     return nil, refuse(413, "The request is larger than this model takes.")
   end

@@ -550,6 +550,18 @@ def test_a_tenants_rate_is_limited(secure: Secure) -> None:
     assert retry_after(error) == "1"
 
 
+@pytest.mark.parametrize(("size", "then"), [(60_000, 200), (600_000, 429)])
+def test_a_large_request_counts_as_several(secure: Secure, size: int, then: int) -> None:
+    """So that what a tenant can have the edge decrypt is bounded too."""
+    secure.wait_until(lambda: time.time() % 1 > 0.9, "a second ends")
+    secure.wait_until(lambda: time.time() % 1 < 0.3, "another one begins")
+    body = b" " * size
+    assert (
+        secure.http("POST", "/v2/models/tts/infer", body, tenant="slow")[0] == http.HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    )
+    assert secure.http("GET", "/v2/health/ready", tenant="slow")[0] == then
+
+
 def test_streams_are_let_in_while_there_is_room_and_leases_end(secure: Secure) -> None:
     time.sleep(LEASE_SECONDS + 0.2)  # other tests' streams are over
     for number in range(3):
