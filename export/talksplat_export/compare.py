@@ -72,6 +72,7 @@ from talksplat.animator import Animator, Chunk, Options
 from talksplat.avatar import FEATURES, AnyAvatar, Avatar, BundleError, Huma1Avatar, UnknownAvatarError
 from talksplat.bench import _ask, _report, preload
 from talksplat.bench._report import Row
+from talksplat.files import sha256
 from talksplat.server import ROOT, Ports, Server, ServerError
 from talksplat_export import (
     audio_encoder,
@@ -97,7 +98,6 @@ from talksplat_export.families.radiance_field import RadianceField
 from talksplat_export.fit import Settings
 from talksplat_export.quality import MOUTH_MARGIN, Comparison, Subject
 from talksplat_export.recording import Image, Recording, RecordingError
-from talksplat_export.stage_b import Heard
 from talksplat_export.steps import Steps
 from talksplat_export.track import Landmarker, Track, TrackError
 
@@ -267,7 +267,7 @@ class Generation(Contender):
         }
 
     def digest(self) -> str:  # noqa: D102
-        return "".join(fit.sha256(path) for path in sorted(self.folder.iterdir()) if path.suffix != ".json")
+        return "".join(sha256(path) for path in sorted(self.folder.iterdir()) if path.suffix != ".json")
 
 
 def _stream(server: Server, avatar: AnyAvatar) -> list[float]:
@@ -445,7 +445,7 @@ class Other(Contender):
         return dict.fromkeys(degraded)
 
     def digest(self) -> str:  # noqa: D102
-        return fit.sha256(self.weights)
+        return sha256(self.weights)
 
 
 def _loaded(baseline: Baseline, weights: Path, index: int, recorded: Image) -> tuple[float, int]:
@@ -667,8 +667,7 @@ def contenders(
     found: list[Contender] = []
     repository = ROOT / "model_repository"
     models.export(repository, models.models(), done.console)
-    tracked: Track | None = None
-    heard: Heard | None = None
+    huma2: Subject | None = None
     avatars = {name: bundle.read(folder.parent, folder.name, AnyAvatar) for name, folder in folders.items()}
     split = {int(avatar.provenance["train_frames"]) for avatar in avatars.values()}
     if len(split) > 1:
@@ -684,19 +683,17 @@ def contenders(
             raise RecordingError(f"{folders[name]} was fitted to all frames of {video}: nothing is left to test with.")
         subject: Comparison
         if isinstance(avatar, Avatar):
-            heard = stage_b.hear(recording.audio, len(tracked))
-            huma2 = Subject(avatar, recording, tracked, heard)
+            huma2 = Subject(avatar, recording, tracked, stage_b.hear(recording.audio, len(tracked)))
             subject = huma2 if source is not None else huma2.refined()  # as `quality` does
         else:
             subject = huma1_drive.subject(avatar, recording, tracked)
         found.append(Generation(name, folders[name], subject, repository))
-    assert tracked is not None
-    assert heard is not None
-    scene = Scene.of(recording, tracked, heard, split.pop())
-    plates_mb = sum(map(len, avatar.plates)) / 1e6
+    assert huma2 is not None
+    scene = Scene.of(huma2.recording, huma2.track, huma2.heard, split.pop())
+    plates_mb = sum(map(len, huma2.avatar.plates)) / 1e6
     for kind in BASELINES:
         baseline = fitted(kind, scene, seed, minutes, done)  # on one thread: two that share a core take longer
-        drawn = Drawn(avatar, recording, tracked, baseline)
+        drawn = Drawn(huma2.avatar, huma2.recording, huma2.track, baseline)
         weights = done.folder / baseline.file
         found.append(Other(drawn, weights, done.seconds[kind.name] / 60, plates_mb, repository))
     return found

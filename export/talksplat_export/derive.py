@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
+from talksplat.files import sha256
 from talksplat.server import ROOT
 
 from . import models, registry
@@ -231,7 +232,7 @@ def _plan(name: str, change: ModelChange, source: Path, plans: Path | None) -> P
     try:
         record = json.loads(beside.read_bytes())
         precision, built, onnx = record["precision"], record["plan_sha256"], record["onnx_sha256"]
-        found = _sha256(plan)
+        found = sha256(plan)
     except OSError as error:
         raise DeriveError(f"{name}: no plan with provenance: {error.filename}: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -240,14 +241,9 @@ def _plan(name: str, change: ModelChange, source: Path, plans: Path | None) -> P
         raise DeriveError(f"{plan} is not the plan of the provenance beside it: build it anew.")
     if precision not in tuple(_graph(name).tolerances) or change.precision not in (None, precision):
         raise DeriveError(f"{plan} was built in {precision}: expected {change.precision or 'a precision of the net'}.")
-    if _sha256(path := _onnx(name, precision, source)) != onnx:
+    if sha256(path := _onnx(name, precision, source)) != onnx:
         raise DeriveError(f"{plan} was built from another graph than {path}: build it anew.")
     return plan
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _changed(name: str, committed: Any, change: ModelChange, served: Mapping[str, Path]) -> Any:

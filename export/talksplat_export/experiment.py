@@ -44,7 +44,7 @@ from tritonclient.utils import np_to_triton_dtype
 from talksplat import avatar as bundle
 from talksplat import clock, framing
 from talksplat.bench._report import Row, commit, machine, report
-from talksplat.files import replacing
+from talksplat.files import replacing, sha256
 from talksplat.server import ROOT, Ports, Server, ServerError
 
 from . import feeds
@@ -241,7 +241,7 @@ def sources(avatar: str, plans: Path | None) -> str:
         wanted.append((plans, ("*/*/1/model.plan.json",)))
     for folder, patterns in wanted:
         for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
-            digest.update(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+            digest.update(f"{path.relative_to(folder)} {sha256(path)}\n".encode())
     digest.update(repr([(name, version(name)) for name in ("onnxruntime", "numpy", "simplejpeg")]).encode())
     return digest.hexdigest()
 

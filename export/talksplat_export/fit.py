@@ -44,6 +44,7 @@ from talksplat.avatar import (
     Huma1Avatar,
 )
 from talksplat.bench._report import commit
+from talksplat.files import sha256
 from talksplat.splat.cuda import DeviceError
 from talksplat_export import (
     audio_encoder,
@@ -138,17 +139,7 @@ def fit(
     model = None if source is not None else track.landmarker_file(landmarker)
     done = Steps(work, _plan(recording, settings, model), console)
 
-    findings = _shown([*_consented(consent), *checks.of_file(recording)], console)
-    findings += _shown(checks.of_sound(recording.audio, recording.length / clock.FPS), console)
-    checks.require(findings)  # before the minutes that follow
-    recording, seen = _probe(recording, model, settings, done)
-    findings += _shown(seen, console)
-    checks.require(findings)
-    tracked = _track(recording, source, model, done)
-    offset = checks.offset(recording.audio, tracked)
-    findings += _shown([*checks.of_track(tracked), offset.finding], console)
-    recording = replace(recording, delay=offset.delay)
-
+    recording, tracked, findings = _examined(recording, source, model, settings, consent, done)
     training = settings.training_frames(len(tracked))
     if training < MIN_SECONDS * clock.FPS:
         raise RecordingError(f"There are {training / clock.FPS:.1f} s to fit to, expected {MIN_SECONDS} s or more.")
@@ -173,7 +164,6 @@ def fit(
     console.print(f"plates: frames {loop.start} to {loop.stop - 1}")
     rest_of_bundle = sum(tensor.nbytes for tensor in fitted.values()) + 200_000
     jpegs = plates.encode(recording, loop, int(settings.megabytes * 1e6) - rest_of_bundle)
-    assert recording.square is not None
     avatar = kind(
         id=out.name,
         **fitted,
@@ -185,11 +175,7 @@ def fit(
         audio_encoder=encoder,
         provenance={
             "about": about,
-            "recording": recording.path.name,
-            "recording_sha256": recording.sha256,
-            "square": [recording.square.left, recording.square.top, recording.square.side],
-            "audio_delay_s": recording.delay,
-            "used_s": recording.seconds,
+            **recording.provenance,
             "track": tracked.source,
             "train_frames": training,
             "plate_frames": [loop.start, loop.stop],
@@ -210,6 +196,31 @@ def fit(
     minutes, memory = sum(done.seconds.values()) / 60, done.peak_memory / 1e9
     console.print(f"{minutes:.1f} min in all, {memory:.1f} GB of memory at most")
     return folder
+
+
+def _examined(
+    recording: Recording,
+    source: Path | None,
+    model: Path | None,
+    settings: Settings,
+    consent: Consent | None,
+    done: Steps,
+) -> tuple[Recording, Track, list[Finding]]:
+    """The recording cut to the face and with its sound in step, its track, and what is to be said of both.
+
+    Raises:
+        RefusedError: no avatar can be made of it.
+    """
+    findings = _shown([*_consented(consent), *checks.of_file(recording)], done.console)
+    findings += _shown(checks.of_sound(recording.audio, recording.length / clock.FPS), done.console)
+    checks.require(findings)  # before the minutes that follow
+    recording, seen = _probe(recording, model, settings, done)
+    findings += _shown(seen, done.console)
+    checks.require(findings)
+    tracked = _track(recording, source, model, done)
+    offset = checks.offset(recording.audio, tracked)
+    findings += _shown([*checks.of_track(tracked), offset.finding], done.console)
+    return replace(recording, delay=offset.delay), tracked, findings
 
 
 def _consented(consent: Consent | None) -> list[Finding]:
@@ -303,7 +314,8 @@ def _pictures(recording: Recording) -> tuple[object, ...]:
 
 def _track(recording: Recording, source: Path | None, model: Path | None, done: Steps) -> Track:
     path, kept = done.folder / TRACK, done.folder / DETECTIONS
-    key = done.key(recording.sha256, recording.size, recording.square, recording.seconds, sha256(source), sha256(model))
+    given = _digest(source), _digest(model)
+    key = done.key(recording.sha256, recording.size, recording.square, recording.seconds, *given)
     if done.is_done("track", key):
         done.skipped("track")
     else:
@@ -351,6 +363,11 @@ def _stage_a(
         steps.write(folder / GAUSSIANS, safetensors.numpy.save(arrays))
     shutil.rmtree(folder / CROPS)  # a gigabyte that a minute makes anew
     return canonical, bases, scales
+
+
+def _digest(path: Path | None) -> str:
+    """Of a file; empty for none."""
+    return "" if path is None else sha256(path)
 
 
 def _made(folder: Path, *names: str) -> str:
@@ -529,11 +546,6 @@ def _report(
     ):
         path = report.write(done, subject, findings, losses, landmarker, advance)
     done.console.print(f"report: {path}")
-
-
-def sha256(path: Path | None) -> str:
-    """Of a file, in hexadecimal; empty for none."""
-    return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

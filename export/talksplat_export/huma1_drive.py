@@ -18,7 +18,8 @@ import torch
 from talksplat import clock, splat, triplanes
 from talksplat.animator import gate, posed
 from talksplat.avatar import ATTRIBUTES, BLINK, COEFFICIENTS, WEIGHTS, AnyAvatar, Avatar, Huma1Avatar, ProfileError
-from talksplat_export import audio_encoder, fit, geometry, huma1, huma1_fit, stage_a, stage_b
+from talksplat.files import sha256
+from talksplat_export import audio_encoder, geometry, huma1, huma1_fit, stage_a, stage_b
 from talksplat_export.huma1_fit import OFFSET_UNITS, Heard
 from talksplat_export.quality import Comparison, psnr
 from talksplat_export.recording import Image, Recording
@@ -178,7 +179,7 @@ def derive(
     common = {field.name: getattr(whole, field.name) for field in fields(AnyAvatar)}
     derived = Avatar(
         **common
-        | {"audio_encoder": fit.sha256(audio_encoder.WEIGHTS)}
+        | {"audio_encoder": sha256(audio_encoder.WEIGHTS)}
         | {"provenance": {**whole.provenance, "derived_from": whole.profile, "coefficient_basis": basis.tolist()}},
         bases=bases,
         basis_scales=scales,

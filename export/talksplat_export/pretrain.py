@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from talksplat.avatar import FEATURES
 from talksplat.bench._report import commit
 from talksplat.clock import FPS, LEFT_CONTEXT, SAMPLE_RATE, SAMPLES_PER_FRAME
-from talksplat.files import replacing
+from talksplat.files import replacing, sha256
 
 from . import alignment, augment, phonemes, synthesis
 from ._onnx import write
@@ -365,7 +365,7 @@ def run(args: argparse.Namespace) -> int:
         minutes=args.minutes,
         steps=args.steps,
         real_repeats=3 if args.real else 0,
-        start=hashlib.sha256(args.start.read_bytes()).hexdigest()[:12] if args.start else "",
+        start=sha256(args.start)[:12] if args.start else "",
     )
     plan = synthesis.voices(config.minutes, config.seed)
     try:

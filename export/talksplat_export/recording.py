@@ -74,9 +74,21 @@ class Recording:
             raise RecordingError(f"Frames of {size} pixels a side: expected a multiple of 8 from {MIN_SIZE}.")
         object.__setattr__(self, "size", size)
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a bundle says about the recording that it was fitted to."""
+        assert self.square is not None
+        return {
+            "recording": self.path.name,
+            "recording_sha256": self.sha256,
+            "square": list(astuple(self.square)),
+            "audio_delay_s": self.delay,
+            "used_s": self.seconds,
+        }
+
     @classmethod
     def as_fitted(cls, path: Path, audio_path: Path | None, size: int, provenance: Mapping[str, Any]) -> Recording:
-        """The recording as an avatar was fitted to it, by the provenance of its bundle."""
+        """The recording as an avatar was fitted to it, by the `provenance` in its bundle."""
         return cls(
             path,
             audio_path,

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from talksplat.files import replacing
+from talksplat.files import replacing, sha256
 from talksplat_export import bars
 
 HASHED_BYTES = 64 << 20  # files up to this size are hashed, larger ones known by their size
@@ -152,6 +152,6 @@ def _fingerprint(path: Path) -> str:
         return " ".join(_fingerprint(file) for file in sorted(path.iterdir()))
     try:
         size = path.stat().st_size
-        return str(size) if size > HASHED_BYTES else hashlib.sha256(path.read_bytes()).hexdigest()
+        return str(size) if size > HASHED_BYTES else sha256(path)
     except OSError:
         return ""

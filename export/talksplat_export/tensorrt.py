@@ -34,6 +34,7 @@ import torch
 from rich.console import Console
 
 from talksplat.bench._report import Row, report
+from talksplat.files import sha256
 
 from . import feeds, models
 from ._onnx import Deviation, ExportError, compare, write
@@ -305,14 +306,12 @@ def _first_close_enough(
 def _provenance(graph: Graph, precision: Precision, source: Path, device: Device, options: Options) -> dict[str, Any]:
     if not source.is_file():
         raise FileNotFoundError(f"{source} is missing: run `talksplat-export models --precision {precision}`.")
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     allowed = asdict(graph.tolerances[precision])
     return {
         **device.describe(),
         "graph": graph.name,
         "precision": precision,
-        "onnx_sha256": digest,
+        "onnx_sha256": sha256(source),
         "profile": {name: [list(shape) for shape in shapes] for name, shapes in graph.profile().items()},
         "options": asdict(options),
         "tolerance": {key: value for key, value in allowed.items() if math.isfinite(value)},
@@ -327,7 +326,7 @@ def _read(plan: Path) -> dict[str, Any] | None:
     """The provenance of the plan that is there, if it is this plan's."""
     with contextlib.suppress(OSError, ValueError):
         record = json.loads(_beside(plan).read_bytes())
-        if record["plan_sha256"] == hashlib.sha256(plan.read_bytes()).hexdigest():
+        if record["plan_sha256"] == sha256(plan):
             return dict(record)
     return None
 

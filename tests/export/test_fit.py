@@ -24,6 +24,7 @@ import talking_head
 from safetensors.torch import save_file
 
 from talksplat import avatar as bundle
+from talksplat.files import sha256
 from talksplat_export import (
     audio_encoder,
     fit,
@@ -98,7 +99,7 @@ def test_a_recording_becomes_a_bundle_that_can_be_read(fitted: Path) -> None:
     assert (avatar.width, avatar.height) == (96, 96)
     assert 8 <= len(avatar.plates) <= 10
     assert avatar.provenance["train_frames"] == round(TRAIN_SECONDS * 25)
-    assert avatar.audio_encoder == fit.sha256(audio_encoder.WEIGHTS)
+    assert avatar.audio_encoder == sha256(audio_encoder.WEIGHTS)
     assert np.abs(avatar.bases).max() == 127
 
 
@@ -282,7 +283,7 @@ def test_new_encoder_weights_repeat_stage_b_alone(
     monkeypatch.setattr(stage_a, "fit", lambda *_: pytest.fail("stage A was repeated"))
     assert fit_head(head, copy) == 0
     after = bundle.read(copy / "avatars", "head")
-    assert after.audio_encoder == fit.sha256(weights)
+    assert after.audio_encoder == sha256(weights)
     assert not np.array_equal(after.adapter_in, before.adapter_in)
     assert np.array_equal(after.bases, before.bases)
 
