@@ -171,24 +171,6 @@ def export(
         console.print(f"{repository} is up to date.")
 
 
-def ensure(
-    precision: Precision = "fp32", only: Sequence[str] | None = None, repository: Path = REPOSITORY
-) -> dict[str, Path]:
-    """The files of a precision by graph, exported where they are missing or stale; graphs without it are left out.
-
-    Args:
-        precision: which.
-        only: names of graphs; default: all.
-        repository: the model repository; other precisions than fp32 lie in ``build/models`` beside it.
-
-    Raises:
-        ModelsError: some could not be exported.
-    """
-    wanted = [model for model in models() if (only is None or model.name in only) and _offers(model, precision)]
-    export(repository, wanted, Console(quiet=True), [precision])
-    return {model.name: path(model.name, precision, repository) for model in wanted}
-
-
 def _offers(model: Model, precision: Precision) -> bool:
     return precision in registry.graph(model.name).tolerances
 
@@ -284,7 +266,7 @@ def _run(args: argparse.Namespace) -> int:
         return int(bool(stale))
     status = 0
     try:
-        export(args.repository, wanted, Console(highlight=False), args.precision)
+        export(args.repository, wanted, Console(highlight=False, soft_wrap=True), args.precision)
     except ModelsError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)

@@ -163,7 +163,7 @@ def test_the_command_writes_the_figures_names_what_failed_and_goes_on(
     assert row["seconds"] > 0
     monkeypatch.setattr(models, "models", lambda *_: [model])
     assert cli.main(["models", "--repository", str(place)]) == 0
-    assert "up to date" in capsys.readouterr().out.replace("\n", "")
+    assert "up to date" in capsys.readouterr().out
 
 
 def test_what_is_up_to_date_costs_no_import_of_torch(repository: Path) -> None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 import soundfile
 import tritonclient.grpc as triton
+from rich.console import Console
 
 from talksplat import clock, framing
 from talksplat.server import NO_PROXY, ROOT, Ports, Server
@@ -94,7 +95,8 @@ def test_nets_in_int8_draw_nearly_the_same_frames(
     (ROOT / "build").mkdir(exist_ok=True)
     with (ROOT / "build" / "exports.lock").open("w") as lock:  # one of the processes that tests run in at a time
         fcntl.flock(lock, fcntl.LOCK_EX)
-        models.ensure("int8", names)
+        wanted = [model for model in models.models() if model.name in names]
+        models.export(ROOT / "model_repository", wanted, Console(quiet=True), ["int8"])
     derive(tmp_path / "repository", {name: ModelChange(precision="int8", kind="cpu") for name in names})
     with Server(tmp_path / "repository", server.avatars, ports=Ports.free()) as derived:
         frames = show(derived)
