@@ -33,7 +33,8 @@ class Clock:
             raise ServerError(f"the server's model 'animate' says nothing about {error}: is it talksplat's?") from None
         except ValueError as error:
             raise ServerError(f"a clock parameter of the server's model 'animate' is no number: {error}") from None
-        if min(asdict(clock).values()) < 0 or 0 in (clock.fps, clock.chunk_frames) or clock.sample_rate % clock.fps:
+        needed = (clock.sample_rate, clock.fps, clock.chunk_frames, clock.max_utterance_seconds)
+        if min(asdict(clock).values()) < 0 or 0 in needed or clock.sample_rate % clock.fps:
             raise ServerError(f"the server's clock makes no sense: {clock}")
         return clock
 

@@ -96,6 +96,12 @@ def test_a_server_that_tells_no_clock_is_no_talksplat_server(missing: str) -> No
             Clock.from_parameters(wrong)
 
 
+@pytest.mark.parametrize("name", ["sample_rate", "fps", "chunk_frames", "max_utterance_seconds"])
+def test_a_clock_that_stands_still_is_refused(name: str) -> None:
+    with pytest.raises(ServerError, match="makes no sense"):
+        Clock.from_parameters({each: "0" if each == name else str(value) for each, value in CLOCK.items()})
+
+
 @settings(max_examples=50)
 @given(samples=st.integers(0, 30_000), sizes=st.lists(st.integers(1, 20_000), min_size=1, max_size=6))
 def test_windows_hold_the_audio_once_and_packet_sizes_do_not_matter(samples: int, sizes: list[int]) -> None:
