@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -139,7 +140,7 @@ def export(
     does not offer for a graph are passed over. A graph that fails is named, and the others go on.
 
     Raises:
-        ModelsError: some failed; where they had got as far as writing, their old files are gone.
+        ModelsError: some failed; their old files are left as they were, and count as stale.
     """
     feeders = [each for model in wanted for each in model.fed_by]
     needed: list[tuple[Model, Precision]] = [
@@ -176,7 +177,10 @@ def _offers(model: Model, precision: Precision) -> bool:
 
 
 def _export(model: Model, precision: Precision, repository: Path, modules: dict[str, list[tuple[Graph, Any]]]) -> None:
-    """Write the file, compare it with its module, then write the stamp: without it, it is made anew."""
+    """Write the file, compare it with its module, then write the stamp: without it, it is made anew.
+
+    The file takes its place only then: a server may be started meanwhile.
+    """
     from . import _onnx, precision as precisions  # noqa: I001  # these import torch
 
     began = time.monotonic()
@@ -187,19 +191,20 @@ def _export(model: Model, precision: Precision, repository: Path, modules: dict[
         modules[model.module] = exporter.graphs(**model.options)
     graph, module = next(pair for pair in modules[model.module] if pair[0].name == model.name)
     heard, unheard = feeds.halves()
+    unchecked = file.with_name(f".unchecked-{os.getpid()}-{file.name}")
     try:
         if precision == "fp32":
             proto = _onnx.export(graph, module)
         else:
             source = path(model.name, "fp32", repository)
             proto = precisions.reduced(graph, precision, source, feeds.feeds(model.name, repository, heard))
-        _onnx.write(file, proto.SerializeToString())
-        deviations = _onnx.parity(graph, module, file, feeds.feeds(model.name, repository, unheard), precision)
+        _onnx.write(unchecked, proto.SerializeToString())
+        deviations = _onnx.parity(graph, module, unchecked, feeds.feeds(model.name, repository, unheard), precision)
+        unchecked.replace(file)
         if model.beside and precision == "fp32":
             exporter.accompany(repository, **model.options)
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise
+    finally:
+        unchecked.unlink(missing_ok=True)
     tolerance, seconds = graph.tolerances[precision], time.monotonic() - began
     rows: list[Row] = [
         {
