@@ -55,7 +55,6 @@ Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
 LOADTESTS = ROOT / "loadtests"
-PLANS = ROOT / "build" / "plans"
 QUALITY_CHUNKS = 16  # from all of the demo's speech, by which points are compared
 IDENTICAL_DB = 100.0  # stands for frames in which no byte differs
 SLACK_SECONDS = 60.0  # beyond ten times what a load should take, before it counts as stuck

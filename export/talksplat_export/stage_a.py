@@ -41,7 +41,7 @@ GROUPS = {
 }
 FINAL_RATE = 0.08  # of the learning rates at the end
 BATCH = 4  # frames a step
-COARSE_SHARE = 0.25  # of the steps at half resolution
+HALF_SIZE_SHARE = 0.25  # of the steps, at half resolution
 SSIM_SHARE = 0.2  # of the colour loss
 ALPHA_WEIGHT = 0.5
 CHECKPOINT_SECONDS = 60.0
@@ -263,7 +263,7 @@ def fit(
     def loss_at(step: int) -> Tensor:
         picked = np.random.default_rng([seed, step]).choice(len(crops.frames), BATCH, p=sampling)
         gaussians: Gaussians = head(torch.from_numpy(weights[crops.frames[picked]]).to(device))
-        shrink = 2 if step / steps < COARSE_SHARE else 1
+        shrink = 2 if step / steps < HALF_SIZE_SHARE else 1
         return photometric(gaussians, crops, picked, track, emphasis, shrink)
 
     try:

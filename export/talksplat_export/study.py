@@ -21,7 +21,6 @@ from .derive import ModelChange, Platform
 from .registry import Precision, graph
 
 NETS = ("audio_encoder", "vad", "deformation")  # of the ensemble `animate`, in the order of its chain
-STAGES = (*NETS, "rasterizer")
 
 Positive: TypeAlias = Annotated[int, Field(ge=1)]
 Counts: TypeAlias = Annotated[tuple[Positive, ...], Field(min_length=1, strict=False)]  # TOML has arrays, no tuples
