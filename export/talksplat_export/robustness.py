@@ -224,26 +224,13 @@ def measure(
     opening = Opening.of(np.concatenate(list(clean.values())))
     rows: list[_report.Row] = []
     for number, degradation in enumerate(DEGRADATIONS):
-        movement_r, opening_r = [], []
+        pairs = []
         for index, (name, audio) in enumerate(speakers.items()):
             rng = np.random.default_rng((seed, number, index))
             others = [other for other in speakers if other != name] or [name]
-            spoilt = drive(degradation.apply(audio, babble([speakers[other] for other in others], audio, rng), rng))
-            movement_r.append(pooled_r(clean[name], spoilt))
-            opening_r.append(float(np.corrcoef(opening(clean[name]), opening(spoilt))[0, 1]))
-        rows.append(
-            {
-                "check": "degradation",
-                "name": degradation.name,
-                "level": degradation.level,
-                "unit": degradation.unit,
-                "movement_r": round(float(np.mean(movement_r)), 3),
-                "movement_r_worst": round(min(movement_r), 3),
-                "opening_r": round(float(np.mean(opening_r)), 3),
-                "opening_r_worst": round(min(opening_r), 3),
-                "speakers": len(speakers),
-            }
-        )
+            spoilt = degradation.apply(audio, babble([speakers[other] for other in others], audio, rng), rng)
+            pairs.append((clean[name], drive(spoilt)))
+        rows.append(_compared(degradation, pairs, opening))
     for name, audio in rests(int(REST_SECONDS * SAMPLE_RATE), np.random.default_rng(seed)).items():
         moved = 100 * opening(drive(audio)) / opening.span
         rows.append(
@@ -260,6 +247,23 @@ def measure(
         r, lag = lagged_r(opening(clean[name] if name in clean else drive(audio)), audio)
         rows.append({"check": "sync", "name": name, "opening_r": round(r, 3), "lag_frames": lag})
     return rows
+
+
+def _compared(degradation: Degradation, pairs: Sequence[tuple[Movement, Movement]], opening: Opening) -> _report.Row:
+    """A row of ``degradation``, from each speaker's movement in clean and in degraded speech."""
+    movement_r = [pooled_r(clean, spoilt) for clean, spoilt in pairs]
+    opening_r = [float(np.corrcoef(opening(clean), opening(spoilt))[0, 1]) for clean, spoilt in pairs]
+    return {
+        "check": "degradation",
+        "name": degradation.name,
+        "level": degradation.level,
+        "unit": degradation.unit,
+        "movement_r": round(float(np.mean(movement_r)), 3),
+        "movement_r_worst": round(min(movement_r), 3),
+        "opening_r": round(float(np.mean(opening_r)), 3),
+        "opening_r_worst": round(min(opening_r), 3),
+        "speakers": len(pairs),
+    }
 
 
 def signals(speakers: Mapping[str, Audio], voices: Mapping[str, Audio]) -> int:

@@ -43,6 +43,7 @@ class Steps:
         self._file = folder / "steps.json"
         self._spent, self._expected = 0.0, 0.0  # seconds of the steps that were run here
         self._records: dict[str, dict[str, Any]] = {}
+        self._memory = 0  # bytes that earlier processes held at most
         with suppress(FileNotFoundError):
             try:
                 kept = json.loads(self._file.read_text())
@@ -65,7 +66,7 @@ class Steps:
     @property
     def peak_memory(self) -> int:
         """Bytes that this process held at most, or an earlier one that worked in the same folder."""
-        return max(getattr(self, "_memory", 0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return max(self._memory, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
     def is_done(self, name: str, key: str) -> bool:
         """Whether a step was finished with these very inputs, and its files are as it left them."""
