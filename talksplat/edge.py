@@ -193,14 +193,17 @@ class Edge(Nginx):
         self._replicas = [(HOST, each) for each in replicas]
         self._written: Tenants | None = None
         self._beats = 0
-        self._up: set[Ports] = set()  # replicas that answered their last canary
+        self._answers: dict[Ports, bool] = {}  # whether a replica has answered its last canary
+        self._asked: list[tuple[str, Ports]] | None = None  # as nginx has been told; None: it could not be
         self._lock = threading.Lock()
         super().__init__("nginx.conf.template", address.host, address.port, prefix, find_nginx())
 
     def look(self) -> str | None:
-        """Follow changes of the tenants file; start nginx again when it has died, and say so."""
+        """Follow the tenants file and the replicas' canaries; start nginx again when it has died, and say so."""
         with contextlib.suppress(OSError):  # a full disk may be mended
             self._write_tenants()
+            if self._to_be_asked() != self._asked:
+                self._reload()
         return super().look()
 
     def lead_to(self, hosts: Sequence[str], ports: Ports) -> None:
@@ -209,27 +212,38 @@ class Edge(Nginx):
         It reads its certificate anew, too.
         """
         self._replicas = [(host, ports) for host in hosts]
-        if self._process is not None:
-            self._configure()
-            self._process.send_signal(signal.SIGHUP)
+        self._reload()
 
     def passed(self, replica: Ports) -> None:
         """A replica has answered a canary; from any thread."""
-        with self._lock:
-            self._up.add(replica)
-        self._beat()
+        self._heard_of(replica, answered=True)
 
     def fell(self, replica: Ports) -> None:
-        """A replica is down; from any thread."""
+        """A replica is down, and not asked again before it has answered a canary; from any thread.
+
+        Another program may take its port meanwhile.
+        """
+        self._heard_of(replica, answered=False)
+
+    def _heard_of(self, replica: Ports, *, answered: bool) -> None:
         with self._lock:
-            self._up.discard(replica)
+            self._answers[replica] = answered
         self._beat()
 
     def _beat(self) -> None:
         with self._lock:
             self._beats += 1
             with contextlib.suppress(OSError):  # what can't be written down is no sign of health, but no end either
-                _write(self._prefix / "canaries", f"{self._beats}\n" if self._up else "")
+                _write(self._prefix / "canaries", f"{self._beats}\n" if any(self._answers.values()) else "")
+
+    def _to_be_asked(self) -> list[tuple[str, Ports]]:
+        with self._lock:
+            return [each for each in self._replicas if self._answers.get(each[1], True)]
+
+    def _reload(self) -> None:
+        if self._process is not None:
+            self._configure()
+            self._process.send_signal(signal.SIGHUP)
 
     def _write_tenants(self) -> None:
         tenants = self._file.tenants
@@ -238,7 +252,12 @@ class Edge(Nginx):
             self._written = tenants
 
     def _configure(self) -> None:
-        super()._configure()
+        self._asked = self._to_be_asked()
+        try:
+            super()._configure()
+        except OSError:
+            self._asked = None
+            raise
         self._write_tenants()
         self._beat()
 
@@ -251,8 +270,8 @@ class Edge(Nginx):
             **super()._values(),
             "TALKSPLAT_CERTIFICATE": self.address.certificate.resolve(),
             "TALKSPLAT_CERTIFICATE_KEY": self.address.certificate_key.resolve(),
-            "TALKSPLAT_GRPC_SERVERS": servers([(host, ports.grpc) for host, ports in self._replicas]),
-            "TALKSPLAT_HTTP_SERVERS": servers([(host, ports.http) for host, ports in self._replicas]),
+            "TALKSPLAT_GRPC_SERVERS": servers([(host, ports.grpc) for host, ports in self._asked or []]),
+            "TALKSPLAT_HTTP_SERVERS": servers([(host, ports.http) for host, ports in self._asked or []]),
         }
 
 
@@ -424,6 +443,7 @@ class Cluster:
             while True:
                 hosts = addresses(self._name)
                 wanted = led[0] if hosts is None and led else hosts or [], self._edge.address.certificate.read_bytes()
+                (self._edge.passed if wanted[0] else self._edge.fell)(self._ports)
                 if wanted != led:
                     if led is None or wanted[0] != led[0]:
                         self._say(f"Replicas: {', '.join(wanted[0]) or 'none'}.")
@@ -434,7 +454,6 @@ class Cluster:
                 led = wanted
                 if (news := self._edge.look()) is not None:
                     self._say(news)
-                (self._edge.passed if led[0] else self._edge.fell)(self._ports)
                 time.sleep(_DNS_SECONDS)
         finally:
             self._edge.stop()

@@ -29,6 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_avatar import write_avatar
 from tritonclient.grpc import service_pb2, service_pb2_grpc
+from waiting import wait_for
 
 from talksplat import clock, edge, tenants
 from talksplat.edge import Address, Edge, EdgeError, MissingNginxError
@@ -724,6 +725,34 @@ def test_a_replica_that_hangs_costs_two_seconds_once(alone: Callable[..., Alone]
     slow = [each for each in seconds if each > 1.9]
     assert len(slow) == 1
     assert slow[0] < 10
+
+
+def test_whatever_takes_the_port_of_a_dead_replica_is_not_asked(alone: Callable[..., Alone], server: Server) -> None:
+    with socket.socket() as foreign:
+        foreign.bind((HOST, 0))
+        foreign.listen(64)
+        foreign.setblocking(False)
+        port = foreign.getsockname()[1]
+        dead = Ports(port, port, port)
+        door = alone(dead, server.ports)
+
+        def hear(heard: Callable[[Ports], None]) -> None:
+            """Tell the edge of a replica, and wait until its nginx goes by that."""
+            master = psutil.Process(door.edge.pid)
+            before = set(master.children())
+            heard(dead)
+            assert door.edge.look() is None
+            wait_for(lambda: not before & set(master.children()))
+
+        hear(door.edge.fell)
+        for _ in range(6):
+            assert door.infer(chunk()).raw_output_contents
+        with pytest.raises(BlockingIOError):
+            foreign.accept()
+        hear(door.edge.passed)
+        for _ in range(6):  # some of which it is asked first
+            assert door.infer(chunk()).raw_output_contents
+        foreign.accept()[0].close()
 
 
 def test_a_tenant_can_not_fill_the_queue_of_a_model_that_takes_a_core(alone: Callable[..., Alone]) -> None:
