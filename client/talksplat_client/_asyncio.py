@@ -83,7 +83,7 @@ class AsyncClient:
         """See `Client.animate`. Other than lists, blocking iterators are read in a thread."""
         clock = await self.clock()
         state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality, model, deadline)
-        return self._open(audio, state, clock)
+        return self._open(audio, state)
 
     async def idle(
         self,
@@ -100,7 +100,7 @@ class AsyncClient:
         """See `Client.idle`."""
         clock = await self.clock()
         state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality, model, deadline)
-        return self._open(None, state, clock)
+        return self._open(None, state)
 
     async def resume(self, audio: Audio | None, state: StreamState) -> AsyncStream:
         """See `Client.resume`."""
@@ -174,11 +174,11 @@ class AsyncClient:
     def _transport(self) -> AsyncTransport:  # not before there is an event loop
         return AsyncTransport(self._replicas)
 
-    def _open(self, audio: Audio | None, state: StreamState, clock: Clock) -> AsyncStream:
+    def _open(self, audio: Audio | None, state: StreamState) -> AsyncStream:
         """See `Client._open`."""
         if any(stream._core.id == self._latest and not stream._feeder.stopped for stream in self._streams):
             self._latest = new_id()
-        return self._start(audio, StreamCore(replace(state, id=self._latest), clock, rests=audio is None))
+        return self._start(audio, StreamCore(replace(state, id=self._latest), state.clock, rests=audio is None))
 
     def _start(self, audio: Audio | None, core: StreamCore) -> AsyncStream:
         def send(request: protocol.Request) -> AsyncCall:

@@ -126,7 +126,7 @@ class Client:
         """
         clock = self.clock()
         state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality, model, deadline)
-        return self._open(audio, state, clock)
+        return self._open(audio, state)
 
     def idle(
         self,
@@ -155,7 +155,7 @@ class Client:
         """
         clock = self.clock()
         state = StreamState(avatar, clock, clock.rate(sample_rate), seed, size, format, quality, model, deadline)
-        return self._open(None, state, clock)
+        return self._open(None, state)
 
     def resume(self, audio: Pcm | Iterable[Pcm] | None, state: StreamState) -> Stream:
         """Go on with a stream, here or on another server: the same frames come as if nothing had happened.
@@ -258,12 +258,12 @@ class Client:
         """Every replica, in the order of their addresses. Never raises because of a server."""
         return [self._health(url) for url in self._transport.replicas.urls]
 
-    def _open(self, audio: Pcm | Iterable[Pcm] | None, state: StreamState, clock: Clock) -> Stream:
+    def _open(self, audio: Pcm | Iterable[Pcm] | None, state: StreamState) -> Stream:
         """A new stream. It takes the place of one that has ended, so that an edge counts one and not two."""
         with self._opening:
             if any(stream._core.id == self._latest and not stream._feeder.stopped for stream in self._streams):
                 self._latest = new_id()
-            return self._start(audio, StreamCore(replace(state, id=self._latest), clock, rests=audio is None))
+            return self._start(audio, StreamCore(replace(state, id=self._latest), state.clock, rests=audio is None))
 
     def _start(self, audio: Pcm | Iterable[Pcm] | None, core: StreamCore) -> Stream:
         def send(request: protocol.Request) -> Call:

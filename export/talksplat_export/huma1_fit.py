@@ -342,16 +342,12 @@ def fit(
         else:
             with done.running(name, key, count, [left.name], kept=kept.name) as advance:
                 losses = stage_a.descend(head, head.groups(rates), count, loss, kept, advance)
-                _save({"head": head.state_dict(), "losses": losses}, left)
+                with replacing(left) as partial:
+                    torch.save({"head": head.state_dict(), "losses": losses}, partial)
         state = torch.load(left, weights_only=True)
         head.load_state_dict(state["head"])
         losses = state["losses"]
     return losses
-
-
-def _save(state: object, path: Path) -> None:
-    with replacing(path) as partial:
-        torch.save(state, partial)
 
 
 def _resting(track: Track, targets: Float32) -> npt.NDArray[np.float64]:
