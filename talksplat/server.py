@@ -121,7 +121,7 @@ class Ports:
                     reason = error.strerror if isinstance(error, OSError) else "there is none beyond 65535"
                     raise PortInUseError(
                         f"Port {port} ({name}) can't be used ({reason}): stop what listens there, "
-                        f"or choose others with --{name}-port or --free-ports."
+                        "or take free ports with --free-ports."
                     ) from error
 
 

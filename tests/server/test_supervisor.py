@@ -1,6 +1,7 @@
 """Starting and stopping, for real: `talksplat-server up` as a process of its own. tests/faults breaks it."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -59,8 +60,10 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         taken.bind((server_module.HOST, 0))
         taken.listen()
         ports = Ports(http=taken.getsockname()[1])
-        with pytest.raises(PortInUseError, match=rf"Port {ports.http} \(http\).*--free-ports"):
+        with pytest.raises(PortInUseError, match=rf"Port {ports.http} \(http\)") as caught:
             Server(avatars=tmp_path, ports=ports).start()
+    for command in ("up", "secure"):  # both have the options that it names
+        cli._parser().parse_args([command, *re.findall(r"--[a-z-]+", str(caught.value))])
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
