@@ -176,19 +176,19 @@ def draw(stage: Stage, path: Path) -> None:
     figure.savefig(path, pil_kwargs={"quality": QUALITY})
 
 
-def main() -> int:
-    """Run it; the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path)
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> int:
+    """Measure and report; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m loadtests.states", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="write the picture there, a JPEG")
+    arguments = parser.parse_args(argv)
     stage = Stage()
     rows = [stage.row(state) for state in STATES]
     most = {str(row["state"]): float(row["change_max"] or 0) for row in rows}
     changes = [stage.change(one, other, max(most[one], most[other])) for one, other in CHANGES]
-    report("states", rows, args.json, {"changes": changes})
-    if args.picture is not None:
-        draw(stage, args.picture)
+    report("states", rows, arguments.json, {"changes": changes})
+    if arguments.picture is not None:
+        draw(stage, arguments.picture)
     return 0
 
 
