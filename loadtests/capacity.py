@@ -40,6 +40,7 @@ from loadtests.streams import Generator, Kind, Load, Target, Triton
 from loadtests.usage import Usage, Watch
 from talksplat.bench._ask import animate, operate
 from talksplat.bench._report import Row, report
+from talksplat.files import replacing
 from talksplat.server import ROOT, Ports, Server
 
 SETTLING = 20  # times half a second that a server gets after a run that was too much for it
@@ -442,8 +443,8 @@ def plot(rows: Sequence[Row], plain: Sequence[Row], path: Path) -> None:
         for each in (upper, lower):
             each.grid(alpha=0.3)
             each.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, dpi=110)
 
 
 if __name__ == "__main__":

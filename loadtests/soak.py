@@ -39,6 +39,7 @@ from loadtests.usage import Usage
 from talksplat import clock
 from talksplat.bench._ask import operate
 from talksplat.bench._report import Row, report
+from talksplat.files import replacing
 from talksplat.server import ROOT, Ports, Server
 
 SHARE = 0.8  # of the streams that `loadtests.capacity` found to hold
@@ -214,8 +215,8 @@ class Soak:
         lower.legend(fontsize=8)
         for axes in (upper, lower):
             axes.grid(alpha=0.3)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        with replacing(path) as unfinished:
+            figure.savefig(unfinished, dpi=110)
 
 
 @contextmanager

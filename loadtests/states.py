@@ -34,6 +34,7 @@ from talksplat.animator import Chunk, Options, gate
 from talksplat.attention import LID_STEPS, LOOK_STEP, Head, Pose, sway, voiced
 from talksplat.avatar import AnyAvatar
 from talksplat.bench._report import Row, report
+from talksplat.files import replacing
 from talksplat.server import ROOT
 
 State: TypeAlias = Literal["idle", "listening", "speaking"]
@@ -172,8 +173,8 @@ def draw(stage: Stage, path: Path) -> None:
         axes.set_xlabel("s", fontsize="small")
         axes.tick_params(labelsize="small")
     axes.legend(fontsize="x-small", loc="lower left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, pil_kwargs={"quality": QUALITY})
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, pil_kwargs={"quality": QUALITY})
 
 
 def main(argv: list[str] | None = None) -> int:

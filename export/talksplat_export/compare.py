@@ -72,7 +72,7 @@ from talksplat.animator import Animator, Chunk, Options
 from talksplat.avatar import FEATURES, AnyAvatar, Avatar, BundleError, Huma1Avatar, UnknownAvatarError
 from talksplat.bench import _ask, _report, preload
 from talksplat.bench._report import Row
-from talksplat.files import sha256
+from talksplat.files import replacing, sha256
 from talksplat.server import ROOT, Ports, Server, ServerError
 from talksplat_export import (
     audio_encoder,
@@ -502,9 +502,9 @@ def table(
     """
     every = [_measured(contender, landmarker, done, code) for contender in contenders]
     if picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
         columns = [every[0].recorded, *(each.drawn for each in every)]
-        picture.write_bytes(side_by_side(list(zip(*columns, strict=True))))
+        with replacing(picture) as unfinished:
+            unfinished.write_bytes(side_by_side(list(zip(*columns, strict=True))))
     rows: list[Row] = []
     for contender, each in zip(contenders, every, strict=True):
         minutes = contender.train_minutes
