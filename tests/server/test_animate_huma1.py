@@ -154,20 +154,19 @@ def tensor(name: str, array: Any, dtype: str) -> Any:
     return triton.InferInput(name, array.shape, dtype).set_data_from_numpy(array)
 
 
+def inputs(windows: Any, avatars: Sequence[str]) -> list[Any]:
+    return [
+        tensor("AUDIO", windows, "FP32"),
+        tensor("AVATAR", np.array([[name.encode()] for name in avatars], np.object_), "BYTES"),
+        tensor("FRAME_INDEX", 4 * np.arange(len(windows), dtype=np.int64)[:, None], "INT64"),
+    ]
+
+
 def animate(
     client: triton.InferenceServerClient, windows: Any, avatars: Sequence[str], model: str = "animate_huma1"
 ) -> list[Any]:
     """Each chunk's frames [4, 64, 64, 3], sent as one request; chunk n begins at frame 4 n."""
-    result = client.infer(
-        model,
-        [
-            tensor("AUDIO", windows, "FP32"),
-            tensor("AVATAR", np.array([[name.encode()] for name in avatars], np.object_), "BYTES"),
-            tensor("FRAME_INDEX", 4 * np.arange(len(windows), dtype=np.int64)[:, None], "INT64"),
-        ],
-        parameters={"format": "raw"},
-        client_timeout=60,
-    )
+    result = client.infer(model, inputs(windows, avatars), parameters={"format": "raw"}, client_timeout=60)
     assert result.as_numpy("SPEECH").shape == (len(windows), clock.CHUNK_FRAMES)
     rows = result.as_numpy("FRAMES")
     return [np.stack([np.frombuffer(frame, np.uint8).reshape(64, 64, 3) for frame in row]) for row in rows]
@@ -205,6 +204,17 @@ def test_a_chunk_alone_is_the_chunk_in_a_batch(client: triton.InferenceServerCli
         for mine, theirs in zip(alone, other, strict=True):
             assert np.abs(mine.astype(int) - theirs).max() <= 1
     assert np.abs(alone[0].astype(int) - alone[1]).max() > 20  # of another avatar
+
+
+@pytest.mark.parametrize(("model", "avatar"), [("animate", RED), ("animate_huma1", VIOLET)])
+@pytest.mark.parametrize("output", ["SPEECH", "FRAMES"])
+def test_either_output_can_be_asked_for_alone(
+    client: triton.InferenceServerClient, windows: Any, model: str, avatar: str, output: str
+) -> None:
+    asked = inputs(windows[2:4], [avatar] * 2)
+    both = client.infer(model, asked, client_timeout=60)
+    alone = client.infer(model, asked, outputs=[triton.InferRequestedOutput(output)], client_timeout=60)
+    np.testing.assert_array_equal(alone.as_numpy(output), both.as_numpy(output))
 
 
 def test_preloading_through_the_rasterizer_bakes_and_reports(client: triton.InferenceServerClient) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from talksplat import avatar as bundle
 from talksplat.cache import AvatarCache
-from talksplat.triton import Door, Failures, asks_to_unload, avatar_ids, handed_on, parameters, response
+from talksplat.triton import Door, Failures, asks_to_unload, avatar_ids, parameters, response
 
 CACHE_BYTES = 64 << 20  # some 1700 heads
 
@@ -54,7 +54,6 @@ class TritonPythonModel:
             ADAPTER_IN=adapter_in,
             ADAPTER_OUT=adapter_out,
             ARRIVED=np.full((len(heads), 1), arrived),
-            **handed_on(request, "SPEECH"),
         )
 
     def _head(self, avatar_id: str) -> tuple[bundle.Float32, bundle.Float32]:

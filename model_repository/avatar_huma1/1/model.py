@@ -14,7 +14,7 @@ import numpy as np
 from talksplat import avatar as bundle
 from talksplat import triplanes
 from talksplat.cache import AvatarCache
-from talksplat.triton import Door, Failures, asks_to_unload, avatar_ids, handed_on, parameters, response
+from talksplat.triton import Door, Failures, asks_to_unload, avatar_ids, parameters, response
 
 CACHE_BYTES = 256 << 20  # some 90 avatars
 
@@ -53,7 +53,7 @@ class TritonPythonModel:
             caller.require(names)
             nets = [self._net(avatar_id) for avatar_id in names]
             tensors = {name: np.stack([net[name] for net in nets]) for name in nets[0]}
-            return response(**tensors, ARRIVED=np.full((len(nets), 1), arrived), **handed_on(request, "SPEECH"))
+            return response(**tensors, ARRIVED=np.full((len(nets), 1), arrived))
         except Exception as error:
             return self.failures.answer(request, error)
 

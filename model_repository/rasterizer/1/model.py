@@ -22,7 +22,18 @@ from talksplat.drawing import Drawer, GatheringDrawer
 from talksplat.framing import RequestError
 from talksplat.log import SLOW_MS, Fields
 from talksplat.metrics import RESTARTS_VARIABLE, Page, Publisher
-from talksplat.triton import Caller, Door, array, avatar_ids, failure, log_failure, parameters, response, send
+from talksplat.triton import (
+    Caller,
+    Door,
+    array,
+    avatar_ids,
+    failure,
+    handed_on,
+    log_failure,
+    parameters,
+    response,
+    send,
+)
 
 OPERATING_THREADS = 2  # run preload, unload and list: who asks for a third one waits, but nobody who wants frames
 
@@ -84,7 +95,10 @@ class TritonPythonModel:
         else:
             chunks = _chunks(request, Options.parse(asked), caller)
             ticket.tell_of(chunks)
-            self._answer(ticket, self.animator.submit(chunks), _frames, "rendered")
+            speech = {name: tensor.copy() for name, tensor in handed_on(request, "SPEECH").items()}
+            self._answer(
+                ticket, self.animator.submit(chunks), lambda results: {**_frames(results), **speech}, "rendered"
+            )
 
     def _answer(
         self, ticket: _Ticket, future: Future[Any], outputs: Callable[[Any], Mapping[str, Any]], event: str
