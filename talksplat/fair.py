@@ -32,6 +32,7 @@ class FairQueue(Generic[T]):
         self._most = most
         self._waiting: OrderedDict[str, deque[tuple[T, float]]] = OrderedDict()  # by tenant, whose turn is next first
         self._costs: dict[str, float] = {}  # of all that waits of a tenant
+        self._served = ""  # whose turn it was last
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -70,15 +71,15 @@ class FairQueue(Generic[T]):
 
     def _next(self) -> tuple[T, float] | None:
         with self._changed:
+            if self._served in self._waiting:  # whoever came meanwhile comes first
+                self._waiting.move_to_end(self._served)
             while not self._waiting:
                 if self._closed:
                     return None
                 self._changed.wait()
-            tenant, own = self._waiting.popitem(last=False)
+            self._served, own = next(iter(self._waiting.items()))
             item = own.popleft()
-            if own:
-                self._waiting[tenant] = own  # behind the others
-                self._costs[tenant] -= item[1]
-            else:
-                del self._costs[tenant]
+            self._costs[self._served] -= item[1]
+            if not own:
+                del self._waiting[self._served], self._costs[self._served]
             return item

@@ -52,6 +52,12 @@ def test_tenants_come_in_turn_and_each_ones_own_in_order(held: Held) -> None:
     assert held.dropped == []
 
 
+def test_who_comes_while_another_tenants_is_done_comes_next(held: Held) -> None:
+    held.queue.add("", "the same one's", 1)  # as "gate", which is being worked on
+    held.queue.add("a", "another one's", 1)
+    assert held.finish() == ["another one's", "the same one's"]
+
+
 def test_who_sends_too_much_loses_its_oldest_and_nobody_elses(held: Held) -> None:
     for number in range(8):
         held.queue.add("a", f"a{number}", 1)
