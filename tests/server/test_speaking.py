@@ -21,6 +21,7 @@ import tritonclient.grpc as triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.utils import InferenceServerException
+from waiting import wait_for
 
 from talksplat import phonemiser, speaking
 from talksplat.clock import SAMPLE_RATE
@@ -312,6 +313,23 @@ def test_prepared_replies_do_not_wait_for_a_phonemiser_that_hangs(
         assert not any(each.done() for each in waiting)
         espeak.resume()
         assert all(len(each.result(10).as_numpy("AUDIO")) for each in waiting)
+
+
+def test_what_was_given_up_before_its_turn_is_not_said(server: Server, ask: Callable[[bytes, int], Any]) -> None:
+    assert server.run_dir is not None
+    words, first = triton.InferInput("TEXT", [1], "BYTES"), triton.InferInput("START", [1], "INT64")
+    words.set_data_from_numpy(np.array([SENTENCE.encode()], np.object_))
+    first.set_data_from_numpy(np.array([LONGEST_PIECE]))
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        calls = [
+            client.async_infer("tts", [words, first], lambda result, error: None, request_id="given-up")
+            for _ in range(20)
+        ]
+        for call in calls:
+            call.cancel()
+        ask(SENTENCE.encode(), 0)
+    log = server.run_dir / "triton.log"
+    wait_for(lambda: any("given-up" in line and "dropped" in line for line in log.read_text().splitlines()))
 
 
 @pytest.mark.parametrize(

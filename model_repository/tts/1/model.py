@@ -69,6 +69,8 @@ class TritonPythonModel:
     def _take_up(self, request: Any) -> Any:
         began = time.monotonic()
         try:
+            if request.is_cancelled():
+                raise DeadlineError("nobody waits for it any more")
             text, start = _text(array(request, "TEXT")[0]), int(array(request, "START")[0])
             if self.speak.asks_phonemiser(text):
                 self.phonemising.submit(self._send, request, request.get_response_sender(), text, start, began)
