@@ -155,7 +155,15 @@ class LiveStream(Generic[Mark]):
         Returns:
             The marks that were dropped.
         """
-        dropped = [mark for utterance in self._utterances for mark in utterance.drop()]
+        return [each for each in await self.cut() if not isinstance(each, np.ndarray)]
+
+    async def cut(self) -> list[Samples | Mark]:
+        """As `interrupt`.
+
+        Returns:
+            All that was dropped, in order: marks, and sound [T] at ``sample_rate``.
+        """
+        dropped = [each for utterance in self._utterances for each in utterance.drop()]
         speaking = self._utterances[0].stream if self._utterances else None
         self._utterances.clear()
         self._due = min(self._due, _now())
@@ -283,6 +291,7 @@ class _Utterance(Generic[Mark]):
         self._rate = target_rate
         self._track = Track(sample_rate, target_rate, round(BLOCK_SECONDS * target_rate))
         self._given = 0  # samples that the client has
+        self._out = 0  # samples that have come out
         self._more = asyncio.Event()
         self._marks: deque[tuple[int, Mark]] = deque()  # each with the samples before it
         self._came = _now()
@@ -317,13 +326,21 @@ class _Utterance(Generic[Mark]):
         """Something that comes after what was pushed."""
         self._marks.append((self._track.end, mark))
 
-    def drop(self) -> list[Mark]:
-        """It is to be heard no more; returns the marks that have not come out."""
+    def drop(self) -> list[Samples | Mark]:
+        """It is to be heard no more; returns what has not come out, sound and marks."""
         self.dropped = True
         self.end()
-        dropped = [mark for _, mark in self._marks]
+        dropped: list[Samples | Mark] = []
+        for place, mark in self._marks:
+            dropped += [*self._rest(place), mark]
         self._marks.clear()
-        return dropped
+        return [*dropped, *self._rest(self._track.end)]
+
+    def _rest(self, end: int) -> Iterator[Samples]:
+        """What has not come out up to there, once."""
+        if end > self._out:
+            yield self._track.read(self._out, end)
+            self._out = end
 
     def passed(
         self,
@@ -359,6 +376,7 @@ class _Utterance(Generic[Mark]):
     def sound(self, begin: int, end: int) -> Samples:  # [end - begin]
         """These samples, silence after the end; those before can't be had again."""
         samples = self._track.read(begin, end)
+        self._out = end
         self._track.forget(min(end, self._given))
         return samples
 

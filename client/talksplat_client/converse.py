@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+
+import numpy as np
 
 from ._asyncio import AsyncClient, Audio, _async_packets
 from ._audio import Pcm, Samples, Track, to_mono
@@ -37,6 +39,7 @@ __all__ = [
     "Message",
     "Moment",
     "Responder",
+    "Resumed",
     "Scripted",
     "Sentence",
     "Turn",
@@ -112,9 +115,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """The person spoke while the avatar did, or was about to: it is silent."""
+    """The person spoke while the avatar did, or was about to: it is silent, for good if a word is recognised."""
 
     said: str  # what was heard of the answer
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What interrupted the avatar was only a noise: it goes on with its answer, where it fell silent."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ class Failed:
     error: Exception
 
 
-Event: TypeAlias = Moment | TurnBegan | TurnEnded | Sentence | Turn | Interrupted | Failed
+Event: TypeAlias = Moment | TurnBegan | TurnEnded | Sentence | Turn | Interrupted | Resumed | Failed
 
 
 class Scripted:
@@ -190,8 +198,8 @@ async def converse(
 
     Moments come as time passes, one a frame, without end: at rest, listening, speaking. Their frames are numbered
     without a gap, but for the one that an interruption drops. The other events come between them. Whoever speaks for
-    `EndOfSpeech.begin_seconds` while the avatar does interrupts it. When the audio ends, what was said is still
-    answered.
+    `EndOfSpeech.begin_seconds` while the avatar does interrupts it; if no word was in that, it goes on. When the audio
+    ends, what was said is still answered.
 
     Yields:
         See the classes of `Event`.
@@ -253,6 +261,10 @@ class _Answer:
             self.goes_on.clear()
             await self.goes_on.wait()
 
+    def hold(self, actions: Iterable[Callable[[], None]] = ()) -> None:
+        """Do these, and all that follows, when `release` is called."""
+        self._held = [*actions, *(self._held or [])]
+
     def release(self) -> None:
         """It is wanted."""
         held, self._held = self._held or [], None
@@ -303,6 +315,7 @@ class _Conversation:
         self._messages: list[Message] = []
         self._guess: _Answer | None = None  # to what may be all that the person says
         self._answer: _Answer | None = None  # that is wanted, and not out yet
+        self._interrupted: _Answer | None = None  # by what may be only a noise
         self._tasks: set[asyncio.Task[None]] = set()
         self._news = asyncio.Event()  # there is more to hear
         self._came = 0.0  # when it came
@@ -394,6 +407,8 @@ class _Conversation:
         try:
             answer.text = (await self._client.transcribe(sound)).strip()
             answer.known.set()
+            if answer.text:
+                self._give_up()
             messages = [*self._messages, Message("user", answer.text)]
             if self._turns.recognised(answer.text) == "end":
                 self._end_turn(self._settings.silence_seconds(answer.text))
@@ -401,8 +416,7 @@ class _Conversation:
                 await self._reply(answer, messages)
         except Exception as error:
             answer.do(partial(self._live.mark, Failed(error)))
-        answer.do(self._live.finish)
-        answer.do(partial(self._live.mark, _Spoken(answer)))
+        answer.do(partial(self._finish, answer))
         if answer.text is None and answer is self._guess:  # nobody will know what was said
             self._turns = Turns(self._settings, self._clock.fps, self._clock.max_utterance_seconds)
             self._end_turn()
@@ -429,6 +443,10 @@ class _Conversation:
         answer.samples += sound.size
         self._live.say(sound, self._live.sample_rate)
 
+    def _finish(self, answer: _Answer) -> None:
+        self._live.finish()
+        self._live.mark(_Spoken(answer))
+
     def _end_turn(self, silence: float | None = None) -> None:
         """The person has finished: the guess was right.
 
@@ -445,21 +463,40 @@ class _Conversation:
         self._live.mark(TurnEnded(answer.text or "", self._end / self._clock.sample_rate))
         if answer.text:
             self._messages.append(Message("user", answer.text))
+        if answer.text == "" and self._interrupted is not None:
+            answer, self._interrupted = self._interrupted, None
+            self._live.mark(Resumed())
+        self._give_up()
         self._answer = answer
         self._rests.clear()
         answer.release()
 
     async def _interrupt(self) -> None:
-        """Whatever the avatar says or is about to say: it is silent."""
+        """Whatever the avatar says or is about to say: it is silent, and the rest is kept until it is sure why."""
         answer, self._answer = self._answer, None
-        if answer is None or answer.task is None:
+        if answer is None:
             return
-        answer.task.cancel()
-        for mark in await self._live.interrupt():
-            if not isinstance(mark, (Sentence, _Spoken)):  # it has happened; only nobody was told yet
-                self._live.mark(mark)
-        self._remember(answer)
+        self._interrupted = answer
+        answer.hold()
+        rest: list[Callable[[], None]] = []
+        for each in await self._live.cut():
+            if isinstance(each, np.ndarray):
+                rest.append(partial(self._live.say, each, self._live.sample_rate))
+            elif isinstance(each, _Spoken):
+                rest.append(partial(self._finish, answer))
+            elif isinstance(each, Sentence):
+                rest.append(partial(self._live.mark, each))
+            else:  # it has happened; only nobody was told yet
+                self._live.mark(each)
+        answer.hold(rest)
         self._live.mark(Interrupted(answer.heard()))
+
+    def _give_up(self) -> None:
+        """What interrupted the avatar was no noise."""
+        answer, self._interrupted = self._interrupted, None
+        if answer is not None and answer.task is not None:
+            answer.task.cancel()
+            self._remember(answer)
 
     def _drop(self) -> None:
         """Give up the guess."""

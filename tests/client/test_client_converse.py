@@ -28,6 +28,7 @@ from talksplat_client.converse import (
     Interrupted,
     Message,
     Moment,
+    Resumed,
     Scripted,
     Sentence,
     Turn,
@@ -54,6 +55,14 @@ def silence(seconds: float) -> npt.NDArray[np.int16]:
     return np.zeros(round(seconds * RATE), np.int16)
 
 
+def hum() -> npt.NDArray[np.int16]:
+    """What the models take for speech, but for no word."""
+    time = np.arange(round(0.6 * RATE)) / RATE
+    phase = 2 * np.pi * 150 * time + 0.25 * np.sin(2 * np.pi * 5 * time)
+    tone = sum(np.sin(number * phase) / number**2 for number in range(1, 8))
+    return np.asarray(8000 * tone * np.clip(20 * time, 0, 1) * np.clip(20 * (time[-1] - time), 0, 1), np.int16)
+
+
 async def live(*sounds: npt.NDArray[np.int16]) -> AsyncGenerator[npt.NDArray[np.int16], None]:
     """As from a microphone."""
     loop = asyncio.get_running_loop()
@@ -66,15 +75,16 @@ async def live(*sounds: npt.NDArray[np.int16]) -> AsyncGenerator[npt.NDArray[np.
 
 
 class Microphone:
-    """Hears the greeting whenever the test says so, and silence otherwise, until it is off."""
+    """Hears `sound`, the greeting, whenever the test says so, and silence otherwise, until it is off."""
 
     def __init__(self) -> None:
         self.speaks = asyncio.Event()
+        self.sound = greeting()
         self.off = False
 
     async def packets(self) -> AsyncGenerator[npt.NDArray[np.int16], None]:
         while not self.off:
-            sound = greeting() if self.speaks.is_set() else silence(0.04)
+            sound = self.sound if self.speaks.is_set() else silence(0.04)
             self.speaks.clear()
             async for packet in live(sound):
                 yield packet
@@ -158,6 +168,46 @@ async def test_who_interrupts_silences_the_avatar_and_what_was_heard_is_remember
     assert interrupted.said.startswith("I answer from")
     assert [(each.role, each.content) for each in asked[-1]][1] == ("assistant", interrupted.said)
     assert [each.role for each in asked[-1]] == ["user", "assistant", "user"]
+
+
+async def test_a_noise_silences_the_avatar_and_then_it_goes_on_where_it_was(server: Server) -> None:
+    asked = 0
+    answer = np.random.default_rng(0).integers(-9000, 9000, round(2.5 * RATE)).astype(np.int16)
+
+    async def respond(messages: Sequence[Message], /) -> AsyncIterator[str]:
+        nonlocal asked
+        asked += 1
+        yield "One two three. Four."
+
+    async def speak(sentence: str) -> AsyncIterator[npt.NDArray[np.int16]]:
+        for piece in np.array_split(answer if "One" in sentence else answer[:8000], 5):
+            yield piece
+
+    microphone, events, asked_before = Microphone(), list[Event](), 0
+    microphone.speaks.set()
+    async with AsyncClient(server.grpc_url) as client, asyncio.timeout(DEADLINE):
+        talk = converse(client, microphone.packets(), avatar="red", respond=respond, speak=speak, format="raw", size=64)
+        async with contextlib.aclosing(talk) as each:
+            async for event in each:
+                events.append(event)
+                if isinstance(event, Turn):
+                    microphone.sound, asked_before = hum(), asked
+                    microphone.speaks.set()
+                microphone.off = microphone.off or isinstance(event, Resumed)
+    told = [type(event).__name__ for event in events if not isinstance(event, Moment)]
+    assert told == [
+        *("TurnBegan", "TurnEnded", "Sentence", "Turn"),
+        *("Interrupted", "TurnBegan", "TurnEnded", "Resumed", "Sentence"),
+    ]
+    begin, end = (
+        next(n for n, event in enumerate(events) if isinstance(event, kind)) for kind in (Interrupted, Resumed)
+    )
+    held = only(Moment, events[begin:end])
+    assert held
+    assert all(moment.sound is None for moment in held)
+    heard = np.concatenate([moment.sound for moment in only(Moment, events) if moment.sound is not None])
+    np.testing.assert_array_equal(heard[: len(answer) + 8000], np.concatenate([answer, answer[:8000]]))  # each once
+    assert asked == asked_before
 
 
 async def test_whoever_is_slow_to_take_events_misses_no_turn_and_late_texts_are_asked_once(
