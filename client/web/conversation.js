@@ -1,6 +1,7 @@
 /**
  * Somebody speaks, the avatar answers: speech is detected, recognised as a guess while its end is still being confirmed,
- * answered, spoken sentence by sentence. Whoever interrupts the avatar silences it at once.
+ * answered, spoken sentence by sentence. Whoever interrupts the avatar silences it at once; if no word was in that, it
+ * goes on where it fell silent.
  */
 
 import { detectSpeech, synthesize, transcribe } from "./models.js";
@@ -55,6 +56,10 @@ export class Conversation {
   #guess = null;
   /** @type {AbortController | null} of what the avatar says */
   #saying = null;
+  #over = Promise.resolve(); // all of that is heard, or given up
+  /** @type {PromiseWithResolvers<void> | null} while it is silent for what may be a noise */
+  #held = null;
+  #holds = 0;
   /** @type {Message[]} */
   #messages = [];
   /** @type {State} */
@@ -112,6 +117,7 @@ export class Conversation {
   /** The microphone is off: what was begun is over. */
   deafen() {
     this.#forgetTurn();
+    if (this.#held) this.#silence();
     this.#seen = this.#tape.end;
     this.#stream.listening = 0;
     if (this.#state === "listening") this.#become("idle");
@@ -123,7 +129,8 @@ export class Conversation {
    */
   say(text) {
     const { signal } = this.#begin();
-    return this.#speak(this.#spoken(each(sentences(text)), signal), signal, this.#stream.speak());
+    this.#over = this.#speak(this.#spoken(each(sentences(text)), signal), signal, this.#stream.speak());
+    return this.#over;
   }
 
   /**
@@ -132,7 +139,8 @@ export class Conversation {
    */
   play(samples) {
     const { signal } = this.#begin();
-    return this.#speak(this.#captioned(samples, signal), signal, this.#stream.speak());
+    this.#over = this.#speak(this.#captioned(samples, signal), signal, this.#stream.speak());
+    return this.#over;
   }
 
   /** Silence the avatar. */
@@ -145,6 +153,16 @@ export class Conversation {
     if (!this.#saying) return;
     this.#saying.abort();
     this.#saying = null;
+    this.#stream.hush();
+    this.#held?.resolve();
+    this.#held = null;
+  }
+
+  /** Silence the avatar until it is known whether that was a noise. */
+  #hold() {
+    if (!this.#saying) return;
+    this.#held = Promise.withResolvers();
+    this.#holds++;
     this.#stream.hush();
   }
 
@@ -188,7 +206,7 @@ export class Conversation {
       const runIn = Math.round(this.#settings.run_in_seconds * this.#clock.sampleRate);
       this.#turnBegin = Math.max(this.#answered, began - runIn);
       if (this.#state === "speaking" || this.#state === "thinking") {
-        this.#silence();
+        this.#hold();
         this.#measure({ interruption: performance.now() - this.#heard(began) });
       }
       this.#stream.listening = 1;
@@ -213,8 +231,13 @@ export class Conversation {
     const { signal } = guess.abort;
     const began = performance.now();
     this.#textOf(this.#tape.read(this.#turnBegin, end), signal)
-      .then(text => {
+      .then(async text => {
         if (signal.aborted) return;
+        if (text && this.#held) {
+          this.#silence();
+          await this.#over; // what was heard of it is remembered
+          if (signal.aborted) return;
+        }
         guess.text = text;
         guess.recognised = performance.now();
         this.#measure({ recognition: guess.recognised - began });
@@ -223,7 +246,8 @@ export class Conversation {
           this.#tell.caption("you", text, false);
           const messages = [...this.#messages, { role: /** @type {const} */ ("user"), content: text }];
           guess.voice = this.#stream.prepare(this.#turns.left);
-          this.#speak(this.#spoken(this.#reply(messages, guess), signal, guess), signal, guess.voice, guess);
+          const pieces = this.#spoken(this.#reply(messages, guess), signal, guess);
+          guess.over = this.#speak(pieces, signal, guess.voice, guess);
         }
         this.#decide(event, end);
       })
@@ -251,7 +275,9 @@ export class Conversation {
     this.#guess = null;
     this.#stream.listening = 0;
     if (!guess?.voice) {
-      if (this.#state === "listening") this.#become("idle"); // a noise
+      this.#held?.resolve(); // a noise
+      if (!this.#held && this.#state === "listening") this.#become("idle");
+      this.#held = null;
       return;
     }
     guess.ended = this.#heard(this.#speechEnd);
@@ -261,6 +287,7 @@ export class Conversation {
     this.#messages.push({ role: "user", content: guess.text });
     this.#tell.caption("you", guess.text, true);
     this.#saying = guess.abort;
+    this.#over = guess.over;
     this.#become("thinking");
     guess.voice.release();
     guess.wanted.resolve(undefined);
@@ -330,32 +357,73 @@ export class Conversation {
    * @param {Guess} [guess] whose answer this is; until it is wanted nothing is heard
    */
   async #speak(pieces, signal, voice, guess) {
+    const spf = this.#clock.samplesPerFrame;
+    const source = pieces[Symbol.asyncIterator]();
     /** @type {{text: string, begin: number, end: number}[]} */
     const said = []; // the frames of each text
+    /** @typedef {Piece & {place?: import("./stream.js").Place | undefined, again?: boolean}} Said */
+    /** @type {Said[]} */
+    let again = []; // what was broken off
+    /** @type {Said[]} */
+    const unheard = []; // what the voice has, from the piece that is being heard
+    let cut = 0; // frame at which the last voice ended, or was broken off
+    let holds = this.#holds;
     let first = true;
-    const heard = (/** @type {string | undefined} */ caption) => {
-      if (first) {
-        first = false;
-        this.#become("speaking");
-        if (guess) this.#measureAnswer(guess);
-      }
-      if (caption) this.#tell.caption("avatar", caption, true);
+    const heard = (/** @type {Said} */ piece) => {
+      unheard.splice(0, unheard.indexOf(piece));
+      if (first && guess) this.#measureAnswer(guess);
+      if (first || piece.again) this.#become("speaking");
+      first = false;
+      if (piece.caption) this.#tell.caption("avatar", piece.caption, true);
+      piece.caption = undefined;
     };
-    try {
-      for await (const { samples, caption } of pieces) {
+    const next = async () => {
+      if (again.length) return again.shift();
+      try {
+        const { value } = await source.next();
         signal.throwIfAborted();
-        const frames = await voice.push(samples, () => heard(caption));
-        const last = said.at(-1);
-        if (frames && caption) said.push({ text: caption, ...frames });
-        else if (frames && last) last.end = frames.end;
+        return /** @type {Said | undefined} */ (value);
+      } catch (error) {
+        voice.end(); // what was said up to here is heard
+        await guess?.wanted.promise;
+        if (!signal.aborted) this.#fail(error);
       }
-      voice.end();
-    } catch (error) {
-      voice.end(); // what was said up to here is heard
-      await guess?.wanted.promise;
-      if (!signal.aborted) this.#fail(error);
+    };
+    for (;;) {
+      const piece = await next();
+      if (piece) {
+        unheard.push(piece);
+        const { caption } = piece;
+        const place = await voice.push(piece.samples, () => heard(piece));
+        piece.place = place;
+        const last = said.at(-1);
+        if (place && !piece.again) {
+          if (caption) said.push({ text: caption, begin: place.begin, end: place.end });
+          else if (last) last.end = place.end;
+        } else if (place && cut) {
+          for (const text of said) {
+            text.begin += place.begin - cut;
+            text.end += place.begin - cut;
+          }
+        }
+        if (place) cut = 0;
+      } else voice.end();
+      if (piece && voice.open) continue;
+      const frame = await voice.done;
+      if (Number.isFinite(voice.begin)) cut = Math.max(frame, voice.begin);
+      if (holds === this.#holds) break;
+      await this.#held?.promise;
+      if (signal.aborted) break;
+      for (const each of unheard.splice(0).reverse()) {
+        const rest = each.samples.subarray(each.place ? Math.max(0, cut * spf - each.place.sample) : 0);
+        if (rest.length) again.unshift({ samples: rest, caption: each.caption, again: each.again || !!each.place });
+      }
+      if (!piece && !again.length) break;
+      holds = this.#holds;
+      voice = this.#stream.speak();
+      this.#become(first ? "thinking" : "speaking");
     }
-    const content = heardOf(said, await voice.done);
+    const content = heardOf(said, cut);
     if (content) this.#messages.push({ role: "assistant", content });
     await guess?.wanted.promise;
     if (signal.aborted) return;
@@ -409,6 +477,7 @@ class Guess {
   text = "";
   /** @type {Voice | null} */
   voice = null;
+  over = Promise.resolve(); // see Conversation
   wanted = Promise.withResolvers(); // resolved when the turn is over: the guess was right
   // ms
   ended = 0; // the user's speech

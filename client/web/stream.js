@@ -12,6 +12,7 @@ const EAGERNESS = 0.5; // of the mean latency a voice begins after: a face at re
 const SLOWNESS = 0.15; // weight of the latest chunk in the mean latency
 const LISTENING_STEP = 0.5; // at most, from one chunk to the next
 
+/** @typedef {{begin: number, end: number, sample: number}} Place the frames in which something is said; its first sample */
 /**
  * What the stream wants of a player.
  * @typedef {Pick<import("./player.js").Player, "place" | "drop" | "hush" | "at" | "ahead" | "frameAfter" | "soundLead">} Screen
@@ -194,7 +195,7 @@ export class Stream {
    * Put samples into the stream, as soon as that can be or after those before them.
    * @param {Float32Array} samples
    * @param {number} due the first frame that may speak
-   * @returns {{begin: number, end: number}} the frames in which they do
+   * @returns {Place}
    */
   #say(samples, due) {
     const spf = this.#clock.samplesPerFrame;
@@ -202,7 +203,7 @@ export class Stream {
     const begin = Math.max(this.#tape.end, soonest * spf);
     this.#tape.endAt(begin);
     this.#tape.append(samples);
-    const frames = { begin: Math.floor(begin / spf), end: Math.floor(this.#tape.end / spf) };
+    const frames = { begin: Math.floor(begin / spf), end: Math.floor(this.#tape.end / spf), sample: begin };
     if (begin < this.#next * this.#clock.chunk) this.#revise(frames.begin);
     this.#wake();
     return frames;
@@ -366,7 +367,7 @@ export class Voice {
   begin = Number.POSITIVE_INFINITY; // its first frame
 
   /**
-   * @param {(samples: Float32Array) => {begin: number, end: number}} say tells the frames
+   * @param {(samples: Float32Array) => Place} say
    * @param {Screen} screen
    * @param {() => void} show
    * @param {() => void} end
@@ -386,16 +387,17 @@ export class Voice {
    * Say this next.
    * @param {Float32Array} samples at the server's rate
    * @param {() => void} [heard] called when its first frame is drawn
-   * @returns the frames in which it is said, when more is wanted
+   * @returns where it is said, when more is wanted; nothing, if it is too late for that
    */
   async push(samples, heard) {
     if (!this.open || !samples.length) return;
-    const { begin, end } = this.#say(samples);
+    const place = this.#say(samples);
+    const { begin, end } = place;
     this.begin = Math.min(this.begin, begin);
     if (heard) this.#screen.at(begin, heard);
     const excess = this.#screen.ahead(end) - ENOUGH;
     if (excess > 0) await Promise.race([this.done, pause(excess)]);
-    return { begin, end };
+    return place;
   }
 
   /** Nothing more will come. */

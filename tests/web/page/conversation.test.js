@@ -155,8 +155,8 @@ test("of an interrupted answer what was heard is remembered, with a dash", () =>
     while (told.captions.length < 2) await screen.run(0.01);
     await screen.run(0.2);
     await speak(0.6);
-    await whole;
     await wait(3);
+    await whole;
     const [said] = models.conversations[0];
     assert.equal(said.role, "assistant");
     assert.match(said.content, /^One of these\. Two and .* —$/);
@@ -238,6 +238,40 @@ test("who interrupts the avatar silences it, and is heard from the first word", 
     const heard = models.of("transcribe").slice(before).at(-1).AUDIO;
     assert.equal(heard.filter(Boolean).length, 0.6 * clock.sampleRate);
     assert.ok(told.stages.interruption > 0);
+  }));
+
+test("a noise silences the avatar, which then goes on where it was", () =>
+  talking(async ({ told, models, screen, conversation, stream, speak, wait }) => {
+    const done = conversation.say("One. Two and three. Four. Five.");
+    while (told.captions.length < 2) await screen.run(0.01);
+    models.text = "";
+    await speak(0.3);
+    assert.equal(screen.hushed, 1);
+    assert.equal(stream.speaking, false);
+    assert.equal(told.states.at(-1), "listening");
+    await wait(4);
+    await done;
+    assert.deepEqual(told.states, ["thinking", "speaking", "listening", "speaking", "idle"]);
+    assert.deepEqual(told.captions, ["avatar: One.", "avatar: Two and three.", "avatar: Four.", "avatar: Five."]);
+    assert.equal(models.of("tts").length, 8); // two pieces a sentence, none of them asked for again
+    models.text = "And?";
+    await speak(0.6);
+    await wait(3);
+    assert.equal(models.conversations.at(-1)[0].content, "One. Two and three. Four. Five.");
+  }));
+
+test("who stops the avatar while a noise is heard stops it for good", () =>
+  talking(async ({ told, models, screen, conversation, stream, speak, wait }) => {
+    const done = conversation.say("One. Two. Three. Four.");
+    while (told.captions.length < 2) await screen.run(0.01);
+    models.text = "";
+    await speak(0.3);
+    conversation.interrupt();
+    await wait(3);
+    await done;
+    assert.equal(stream.speaking, false);
+    assert.deepEqual(told.captions, ["avatar: One.", "avatar: Two."]);
+    assert.equal(told.states.at(-1), "idle");
   }));
 
 test("a text is spoken, with captions when they are heard", () =>
