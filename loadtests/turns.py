@@ -7,7 +7,8 @@ is scripted, so nothing waits for a language model. Where an utterance truly end
 last 10 ms that are within 30 dB of its loud ones. Each answer is interrupted once it sounds, and that is timed too.
 
 The curves are made offline, since speech and pauses are what they are: detection and recognition run once, and
-`Turns` decides again for each setting. A text is taken to be there 160 ms after it was asked for.
+`Turns` decides again for each setting. A text is taken to be there 160 ms after it was asked for. So are the noises:
+synthetic ones, babble of the recordings, and for comparison the first words of orders, which no avatar may talk over.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,7 @@ SPOKEN_SECONDS = 0.4  # of the answer before it is interrupted
 LOUD, QUIET_DB, STEP = 0.95, 30.0, RATE // 100  # see `spoken`
 TEXT_FRAMES = 4  # from asking for a text to having it, offline
 SILENCES = [frames / FPS for frames in (5, 6, 7, 8, 9, 10, 12, 14, 17, 20, 25)]  # seconds
+NOISES, NOISE_PEAK = 60, 0.3  # of each kind; of full scale
 STAGES = ("end_of_speech", "recognition", "reply", "voice", "first_frame")
 
 
@@ -198,6 +201,11 @@ class Offline:
             self._texts[frame] = self._transcribe(self._samples[: frame * FRAME][-longest:])
         return self._texts[frame]
 
+    @property
+    def texts(self) -> list[str]:
+        """All that was recognised so far."""
+        return list(self._texts.values())
+
     def ends(self, settings: EndOfSpeech) -> Iterator[float]:
         """When turns end, in seconds."""
         turns, asked = Turns(settings, FPS, clock.MAX_UTTERANCE_SECONDS), None
@@ -237,6 +245,70 @@ def curve(name: str, recordings: Sequence[Offline], settings: EndOfSpeech) -> li
                     "used": "yes" if more and abs(silence - settings.finished_seconds) < 1e-6 else "",
                 }
             )
+    return rows
+
+
+def hum(rng: np.random.Generator) -> Samples:
+    """A hummed tone."""
+    time = np.arange(round(rng.uniform(0.3, 1.0) * RATE)) / RATE
+    phase = 2 * np.pi * rng.uniform(90, 250) * time + 0.25 * np.sin(10 * np.pi * time)
+    tone = np.sum([np.sin(number * phase) / number**2 for number in range(1, 8)], axis=0)
+    return np.asarray(tone * np.clip(20 * np.minimum(time, time[-1] - time), 0, 1), np.float32)
+
+
+def cough(rng: np.random.Generator) -> Samples:
+    """One to three bursts of voice and breath through the resonances of a throat."""
+    bursts = []
+    for seconds in rng.uniform(0.15, 0.35, rng.integers(1, 4)):
+        time = np.arange(round(seconds * RATE)) / RATE
+        pitch = rng.uniform(110, 260) * (1 - 0.4 * time / seconds)
+        source = np.sign(np.sin(2 * np.pi * np.cumsum(pitch) / RATE))
+        source = np.fft.rfft(source + rng.normal(scale=rng.uniform(0.5, 2), size=time.size))
+        hertz = np.fft.rfftfreq(time.size, 1 / RATE)
+        throat = [
+            gain / (1 + np.square((hertz - rng.uniform(*around)) / width))
+            for around, width, gain in (((500, 850), 120, 1), ((1000, 1700), 150, 0.6), ((2300, 2900), 200, 0.3))
+        ]
+        burst = np.fft.irfft(source * np.sum(throat, axis=0), time.size)
+        burst *= np.minimum(1, 100 * time) * np.exp(-rng.uniform(6, 14) * time)
+        bursts += [burst / np.abs(burst).max(), np.zeros(round(rng.uniform(0.05, 0.15) * RATE))]
+    return np.asarray(np.concatenate(bursts), np.float32)
+
+
+def beginning(rng: np.random.Generator, clips: Sequence[tuple[str, Samples]]) -> Samples:
+    """The first word or two of an order, cut off."""
+    _, samples = clips[rng.integers(len(clips))]
+    begin = spoken(samples)[0]
+    return samples[begin : begin + round(rng.uniform(0.24, 0.5) * RATE)]
+
+
+def babble(rng: np.random.Generator, clips: Sequence[tuple[str, Samples]]) -> Samples:
+    """Six people at once."""
+    length = round(rng.uniform(0.3, 1.0) * RATE)
+    said = [clips[index][1][spoken(clips[index][1])[0] :][:length] for index in rng.integers(len(clips), size=6)]
+    return np.asarray(np.sum([np.pad(each, (0, length - each.size)) for each in said], axis=0), np.float32)
+
+
+def interruptions(
+    clips: Sequence[tuple[str, Samples]], offline: Callable[[Samples], Offline], settings: EndOfSpeech
+) -> list[Row]:
+    """How often a noise, or the beginning of an order, silences the avatar, and how often it then goes on."""
+    rows: list[Row] = []
+    makers: dict[str, Callable[[np.random.Generator], Samples]] = {
+        "hum": hum,
+        "cough": cough,
+        "babble": partial(babble, clips=clips),
+        "words": partial(beginning, clips=clips),
+    }
+    for what, make in makers.items():
+        rng, silenced, goes_on = np.random.default_rng(2), 0, 0
+        for _ in range(NOISES):
+            sound = make(rng)
+            recording = offline(NOISE_PEAK * sound / np.abs(sound).max())
+            ends = list(recording.ends(settings))
+            silenced += bool(ends)
+            goes_on += bool(ends) and not any(recording.texts)
+        rows.append({"what": what, "tried": NOISES, "silenced": silenced, "goes_on": goes_on})
     return rows
 
 
@@ -313,22 +385,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [files[index] for index in order[:CURVE_UTTERANCES]]
     console, began = Console(stderr=True), time.monotonic()
     curves: list[Row] = []
+    noises: list[Row] = []
     if not options.no_curve:
         detector = nets.session(REPOSITORY / "vad/1/model.onnx", threads=1)
         transcribe = asr.Transcriber(
             asr.in_process(REPOSITORY), asr.Tokenizer((REPOSITORY / "asr/1/tokenizer.bin").read_bytes())
         )
         read = sorted((options.recordings / "speech/eval/lj").glob("*.flac"))[:READ_CLIPS]
+
+        def offline(samples: Samples) -> Offline:
+            return Offline(samples, lambda windows: detector.run(["LATEST"], {"AUDIO": windows})[0], transcribe)
+
         sets = {
             "orders": chosen[: 2 * options.limit],
             "read sentences": [*read, options.recordings / "faces/subject_a.flac"],
         }
         for name, paths in sets.items():
-            offline = [
-                Offline(samples, lambda windows: detector.run(["LATEST"], {"AUDIO": windows})[0], transcribe)
-                for _, samples in track(load(paths), name, console=console)
-            ]
-            curves += curve(name, offline, EndOfSpeech.load())
+            recordings = [offline(samples) for _, samples in track(load(paths), name, console=console)]
+            curves += curve(name, recordings, EndOfSpeech.load())
+        noises = interruptions(load(chosen[: options.limit]), offline, EndOfSpeech.load())
     with serving(AVATAR) as server:
         said = asyncio.run(converse_with(server.grpc_url, load(chosen[: options.limit]), ROOT / "runs/turns.jsonl"))
     rows = summary(said)
@@ -343,7 +418,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "p95_target_ms": P95_MS,
         "packets_late_worst_ms": max(each.late for each in said),
     }
-    report("conversation", rows, options.json, {"totals": [totals], **({"curves": curves} if curves else {})})
+    report(
+        "conversation",
+        rows,
+        options.json,
+        {"totals": [totals], **({"curves": curves, "noises": noises} if curves else {})},
+    )
     if options.json and curves:
         plot(curves, options.json.with_suffix(".png"))
     console.print(f"{time.monotonic() - began:.0f} s")
