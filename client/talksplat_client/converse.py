@@ -122,7 +122,10 @@ class Interrupted:
 
 @dataclass(frozen=True)
 class Resumed:
-    """What interrupted the avatar was only a noise: it goes on with its answer, where it fell silent."""
+    """What interrupted the avatar was only a noise: it goes on with its answer, after the last moment of it.
+
+    With a ``lead``, moments that a player threw away when it was interrupted do not come again.
+    """
 
 
 @dataclass(frozen=True)
@@ -243,10 +246,11 @@ class _Answer:
         self.replied = self.sounded = 0.0  # when its first sentence and its first sound were there
         self.waits: tuple[float, float, float] | None = None  # when speech, its silence and the turn ended
         self.shown = self.made = 0  # samples
-        self.goes_on = asyncio.Event()  # more was shown
+        self.goes_on = asyncio.Event()  # more was shown, or may be
         self.sentences: list[tuple[str, int]] = []  # that are being said, each with the samples before it
         self.samples = 0  # of all of them, so far
         self._held: list[Callable[[], None]] | None = []
+        self._silenced = False
 
     def do(self, action: Callable[[], None]) -> None:
         """Now, or when `release` is called."""
@@ -256,18 +260,24 @@ class _Answer:
             self._held.append(action)
 
     async def room(self, samples: int) -> None:
-        """Wait until fewer than so many samples are made and not shown."""
-        while self.made - self.shown >= samples:
+        """Wait until it may be heard, and fewer than so many samples are made and not shown."""
+        while self._silenced or self.made - self.shown >= samples:
             self.goes_on.clear()
             await self.goes_on.wait()
 
-    def hold(self, actions: Iterable[Callable[[], None]] = ()) -> None:
-        """Do these, and all that follows, when `release` is called."""
+    def silence(self) -> None:
+        """Make no more of it, and say nothing, until `release` is called."""
+        self._held, self._silenced = [], True
+
+    def say_first(self, actions: Iterable[Callable[[], None]]) -> None:
+        """When it goes on."""
         self._held = [*actions, *(self._held or [])]
 
     def release(self) -> None:
         """It is wanted."""
         held, self._held = self._held or [], None
+        self._silenced = False
+        self.goes_on.set()
         for action in held:
             action()
 
@@ -477,7 +487,7 @@ class _Conversation:
         if answer is None:
             return
         self._interrupted = answer
-        answer.hold()
+        answer.silence()
         rest: list[Callable[[], None]] = []
         for each in await self._live.cut():
             if isinstance(each, np.ndarray):
@@ -488,7 +498,7 @@ class _Conversation:
                 rest.append(partial(self._live.mark, each))
             else:  # it has happened; only nobody was told yet
                 self._live.mark(each)
-        answer.hold(rest)
+        answer.say_first(rest)
         self._live.mark(Interrupted(answer.heard()))
 
     def _give_up(self) -> None:

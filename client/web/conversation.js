@@ -357,32 +357,27 @@ export class Conversation {
    * @param {Guess} [guess] whose answer this is; until it is wanted nothing is heard
    */
   async #speak(pieces, signal, voice, guess) {
-    const spf = this.#clock.samplesPerFrame;
     const source = pieces[Symbol.asyncIterator]();
-    /** @type {{text: string, begin: number, end: number}[]} */
-    const said = []; // the frames of each text
-    /** @typedef {Piece & {place?: import("./stream.js").Place | undefined, again?: boolean}} Said */
     /** @type {Said[]} */
-    let again = []; // what was broken off
-    /** @type {Said[]} */
-    const unheard = []; // what the voice has, from the piece that is being heard
-    let cut = 0; // frame at which the last voice ended, or was broken off
-    let holds = this.#holds;
+    const said = [];
     let first = true;
-    const heard = (/** @type {Said} */ piece) => {
-      unheard.splice(0, unheard.indexOf(piece));
-      if (first && guess) this.#measureAnswer(guess);
-      if (first || piece.again) this.#become("speaking");
-      first = false;
-      if (piece.caption) this.#tell.caption("avatar", piece.caption, true);
-      piece.caption = undefined;
+    let more = true; // may come
+    const say = async (/** @type {Said} */ piece) => {
+      const place = await voice.push(piece.rest, () => {
+        for (const before of said.slice(0, said.indexOf(piece))) before.hear(Number.POSITIVE_INFINITY);
+        if (first && guess) this.#measureAnswer(guess);
+        first = false;
+        this.#become("speaking");
+        if (piece.caption && !piece.told) this.#tell.caption("avatar", piece.caption, true);
+        piece.told = true;
+      });
+      piece.place = place ?? Number.POSITIVE_INFINITY;
     };
     const next = async () => {
-      if (again.length) return again.shift();
       try {
-        const { value } = await source.next();
+        const { done, value } = await source.next();
         signal.throwIfAborted();
-        return /** @type {Said | undefined} */ (value);
+        if (!done) return new Said(value);
       } catch (error) {
         voice.end(); // what was said up to here is heard
         await guess?.wanted.promise;
@@ -390,40 +385,25 @@ export class Conversation {
       }
     };
     for (;;) {
-      const piece = await next();
-      if (piece) {
-        unheard.push(piece);
-        const { caption } = piece;
-        const place = await voice.push(piece.samples, () => heard(piece));
-        piece.place = place;
-        const last = said.at(-1);
-        if (place && !piece.again) {
-          if (caption) said.push({ text: caption, begin: place.begin, end: place.end });
-          else if (last) last.end = place.end;
-        } else if (place && cut) {
-          for (const text of said) {
-            text.begin += place.begin - cut;
-            text.end += place.begin - cut;
-          }
-        }
-        if (place) cut = 0;
-      } else voice.end();
-      if (piece && voice.open) continue;
-      const frame = await voice.done;
-      if (Number.isFinite(voice.begin)) cut = Math.max(frame, voice.begin);
+      const holds = this.#holds;
+      for (const piece of said.filter(each => each.rest.length)) await say(piece); // that was broken off
+      while (more && voice.open) {
+        const piece = await next();
+        if (piece) {
+          said.push(piece);
+          await say(piece);
+        } else more = false;
+      }
+      voice.end();
+      const end = (await voice.done) * this.#clock.samplesPerFrame;
+      for (const piece of said) piece.hear(end - piece.place);
       if (holds === this.#holds) break;
       await this.#held?.promise;
-      if (signal.aborted) break;
-      for (const each of unheard.splice(0).reverse()) {
-        const rest = each.samples.subarray(each.place ? Math.max(0, cut * spf - each.place.sample) : 0);
-        if (rest.length) again.unshift({ samples: rest, caption: each.caption, again: each.again || !!each.place });
-      }
-      if (!piece && !again.length) break;
-      holds = this.#holds;
+      if (signal.aborted || !(more || said.at(-1)?.rest.length)) break;
       voice = this.#stream.speak();
       this.#become(first ? "thinking" : "speaking");
     }
-    const content = heardOf(said, cut);
+    const content = heardOf(said, this.#clock.samplesPerFrame);
     if (content) this.#messages.push({ role: "assistant", content });
     await guess?.wanted.promise;
     if (signal.aborted) return;
@@ -492,6 +472,24 @@ class Guess {
   }
 }
 
+/** A piece of what the avatar says, and how much of it was not heard yet. */
+class Said {
+  told = false; // its caption
+  place = Number.POSITIVE_INFINITY; // sample of the stream at which the rest begins
+
+  /** @param {Piece} piece */
+  constructor({ samples, caption }) {
+    this.caption = caption;
+    this.length = samples.length;
+    this.rest = samples;
+  }
+
+  /** @param {number} samples that were heard of the rest */
+  hear(samples) {
+    if (samples > 0) this.rest = this.rest.slice(samples);
+  }
+}
+
 /**
  * @template T
  * @param {T[]} values
@@ -501,15 +499,25 @@ async function* each(values) {
 }
 
 /**
- * What was heard up to a frame; of a text that was cut off as many words as it had time for, and a dash.
- * @param {{text: string, begin: number, end: number}[]} said
- * @param {number} frame
+ * What was heard; of a text that was cut off as many words as it had time for, and a dash.
+ * @param {Said[]} said
+ * @param {number} least samples that can be cut off
  */
-function heardOf(said, frame) {
-  const heard = said.map(({ text, begin, end }) => {
-    if (frame >= end) return text;
+function heardOf(said, least) {
+  /** @type {{text: string, length: number, left: number}[]} */
+  const texts = [];
+  for (const { caption, length, rest } of said) {
+    const last = texts.at(-1);
+    if (caption) texts.push({ text: caption, length, left: rest.length });
+    else if (last) {
+      last.length += length;
+      last.left += rest.length;
+    }
+  }
+  const heard = texts.map(({ text, length, left }) => {
+    if (left < least) return text;
     const words = text.split(/\s+/);
-    const count = Math.floor((words.length * (frame - begin)) / (end - begin));
+    const count = Math.floor(words.length * (1 - left / length));
     return count > 0 ? `${words.slice(0, count).join(" ")} —` : "";
   });
   return heard.filter(Boolean).join(" ");

@@ -387,17 +387,16 @@ export class Voice {
    * Say this next.
    * @param {Float32Array} samples at the server's rate
    * @param {() => void} [heard] called when its first frame is drawn
-   * @returns where it is said, when more is wanted; nothing, if it is too late for that
+   * @returns the sample of the stream at which it begins, when more is wanted; nothing, if it is too late for that
    */
   async push(samples, heard) {
     if (!this.open || !samples.length) return;
-    const place = this.#say(samples);
-    const { begin, end } = place;
+    const { begin, end, sample } = this.#say(samples);
     this.begin = Math.min(this.begin, begin);
     if (heard) this.#screen.at(begin, heard);
     const excess = this.#screen.ahead(end) - ENOUGH;
     if (excess > 0) await Promise.race([this.done, pause(excess)]);
-    return place;
+    return sample;
   }
 
   /** Nothing more will come. */

@@ -180,9 +180,13 @@ async def test_a_noise_silences_the_avatar_and_then_it_goes_on_where_it_was(serv
         yield "One two three. Four."
 
     async def speak(sentence: str) -> AsyncIterator[npt.NDArray[np.int16]]:
-        for piece in np.array_split(answer if "One" in sentence else answer[:8000], 5):
+        nonlocal made
+        for piece in np.array_split(answer if "One" in sentence else answer[:8000], 10):
+            await asyncio.sleep(0.1)  # not all of it is there when it is interrupted
+            made += 1
             yield piece
 
+    made, made_at = 0, dict[type, int]()
     microphone, events, asked_before = Microphone(), list[Event](), 0
     microphone.speaks.set()
     async with AsyncClient(server.grpc_url) as client, asyncio.timeout(DEADLINE):
@@ -190,6 +194,7 @@ async def test_a_noise_silences_the_avatar_and_then_it_goes_on_where_it_was(serv
         async with contextlib.aclosing(talk) as each:
             async for event in each:
                 events.append(event)
+                made_at.setdefault(type(event), made)
                 if isinstance(event, Turn):
                     microphone.sound, asked_before = hum(), asked
                     microphone.speaks.set()
@@ -208,6 +213,7 @@ async def test_a_noise_silences_the_avatar_and_then_it_goes_on_where_it_was(serv
     heard = np.concatenate([moment.sound for moment in only(Moment, events) if moment.sound is not None])
     np.testing.assert_array_equal(heard[: len(answer) + 8000], np.concatenate([answer, answer[:8000]]))  # each once
     assert asked == asked_before
+    assert made_at[Resumed] <= made_at[Interrupted] + 1 < made  # no more of the voice is asked for meanwhile
 
 
 async def test_whoever_is_slow_to_take_events_misses_no_turn_and_late_texts_are_asked_once(
