@@ -171,7 +171,8 @@ async def test_who_interrupts_silences_the_avatar_and_what_was_heard_is_remember
 
 
 async def test_a_noise_silences_the_avatar_and_then_it_goes_on_where_it_was(server: Server) -> None:
-    asked = 0
+    asked = made = 0
+    made_at = dict[type, int]()
     answer = np.random.default_rng(0).integers(-9000, 9000, round(2.5 * RATE)).astype(np.int16)
 
     async def respond(messages: Sequence[Message], /) -> AsyncIterator[str]:
@@ -186,7 +187,6 @@ async def test_a_noise_silences_the_avatar_and_then_it_goes_on_where_it_was(serv
             made += 1
             yield piece
 
-    made, made_at = 0, dict[type, int]()
     microphone, events, asked_before = Microphone(), list[Event](), 0
     microphone.speaks.set()
     async with AsyncClient(server.grpc_url) as client, asyncio.timeout(DEADLINE):
