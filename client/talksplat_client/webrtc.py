@@ -39,7 +39,8 @@ class AvatarTracks(LiveStream[Never]):
 
     The sound is the clock of both tracks: whoever takes it, at whatever pace, has the frames keep up with it, and
     frames that are not taken in time are left out. Where no sound is wanted, an ``aiortc.contrib.media.MediaBlackhole``
-    takes it. Both tracks end with `close`, and when the server is lost: `say` then raises why.
+    takes it. Both tracks end with `close`, with the connection that has them (aiortc stops them), and when the server
+    is lost: `say` then raises why.
 
     Attributes:
         audio: 20 ms at a time, mono.
@@ -65,10 +66,13 @@ class AvatarTracks(LiveStream[Never]):
         tracks = await cls.open(client, avatar, sample_rate=SAMPLE_RATE, lead=0.0, size=size, format="jpeg")
         tracks.video = VideoTrack()
         tracks.audio = AudioTrack(tracks.moments(), tracks.video, SAMPLE_RATE // tracks.fps)
+        tracks.audio.once("ended", tracks.close)  # by whomever: else nobody would look, and the server draw on
         return tracks
 
     async def close(self) -> None:
         """End the stream and its tracks."""
+        if self.close in self.audio.listeners("ended"):
+            self.audio.remove_listener("ended", self.close)
         await super().close()
         await self.audio.end()
 

@@ -196,6 +196,19 @@ def test_a_recv_that_is_cancelled_loses_nothing_and_the_tracks_live_on() -> None
     assert loud == steps(2).tolist()
 
 
+def test_the_stream_ends_when_its_connection_stops_the_tracks() -> None:
+    async def work() -> None:
+        tracks = await AvatarTracks.load(SimulatedServer().client(), "ava")
+        tracks.say(steps(2), SAMPLE_RATE)
+        for _ in range(50):
+            await tracks.audio.recv()
+        tracks.audio.stop()  # as aiortc's sender does at its end
+        await asyncio.sleep(0.1)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    simulate(work())
+
+
 def test_frames_that_nobody_takes_in_time_are_left_out() -> None:
     async def work() -> float:
         tracks = await AvatarTracks.load(SimulatedServer().client(), "ava")
