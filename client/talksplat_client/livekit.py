@@ -50,6 +50,7 @@ class VideoGenerator(agents.VideoGenerator):
         self._next: float | None = None  # when AVSynchronizer means to show the next frame, on the event loop's clock
         self._taken = asyncio.Event()  # the consumer is done with what it was given
         self._taken.set()
+        self._cleared = 0  # how often
 
     @classmethod
     async def open(
@@ -92,6 +93,7 @@ class VideoGenerator(agents.VideoGenerator):
 
     async def clear_buffer(self) -> None:
         """Stop speaking: throw away what was pushed and has not come out. Returns when it is silent."""
+        self._cleared += 1
         await self._stream.interrupt()
         if self.av_sync is not None:
             await self.av_sync.clear_queue()
@@ -108,7 +110,10 @@ class VideoGenerator(agents.VideoGenerator):
         """
         async with contextlib.aclosing(self._stream.moments()) as moments:
             async for each in moments:
+                cleared = self._cleared
                 for output in self._outputs(each) if isinstance(each, Moment) else [each]:
+                    if self._cleared != cleared:
+                        break  # its picture was waiting for room, and its sound would be heard after all
                     self._taken.clear()
                     yield output
                     self._taken.set()

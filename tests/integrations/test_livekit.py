@@ -227,10 +227,50 @@ def test_each_frame_comes_before_its_sound_and_a_segment_ends_after_its_last() -
 
 
 class FakeSynchronizer:
-    """Has nothing to clear: whoever takes the frames keeps none."""
+    """Keeps what it is given, after a moment. When a test says that it is full, pictures wait until it is cleared."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+        self.room = asyncio.Event()
+        self.room.set()
+
+    async def push(self, output: Any) -> None:
+        if isinstance(output, rtc.VideoFrame):
+            await self.room.wait()
+        else:
+            await asyncio.sleep(0.001)
+        self.kept.append(output)
 
     async def clear_queue(self) -> None:
-        pass
+        self.kept.clear()
+        asyncio.get_running_loop().call_later(0.001, self.room.set)
+
+
+def test_nothing_of_what_was_interrupted_is_heard_after_it_also_not_what_was_waiting_for_room() -> None:
+    async def work() -> None:
+        generator = await VideoGenerator.open(SimulatedServer().client(), "ava")
+        synchronizer = FakeSynchronizer()
+        generator.av_sync = synchronizer  # type: ignore[assignment]  # the fake
+
+        async def take() -> None:
+            async for output in generator:
+                await synchronizer.push(output)
+
+        taking = asyncio.create_task(take())
+        for packet in packets(flashes(20, SAMPLE_RATE)):
+            await generator.push_audio(packet)
+        await asyncio.sleep(1)
+        assert any(isinstance(output, rtc.AudioFrame) for output in synchronizer.kept)
+        synchronizer.room.clear()
+        await asyncio.sleep(0.2)
+        await generator.clear_buffer()
+        await asyncio.sleep(0.2)
+        assert synchronizer.kept
+        assert not any(isinstance(output, rtc.AudioFrame) for output in synchronizer.kept)
+        await generator.aclose()
+        await taking
+
+    simulate(work())
 
 
 def test_after_an_interruption_there_are_pictures_for_all_the_time_though_the_server_is_late() -> None:
