@@ -10,7 +10,8 @@ import itertools
 import json
 import math
 import wave
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -68,6 +69,7 @@ def feeds(
     name: str,
     repository: Path = REPOSITORY,
     audio: npt.NDArray[np.float32] | None = None,  # [T] 16 kHz mono, from 5 s on
+    own: Path | None = None,
 ) -> list[Feed]:
     """Batches for the graph ``name`` of several sizes and lengths, within its profile.
 
@@ -75,6 +77,7 @@ def feeds(
         name: of `registry.GRAPHS`.
         repository: has the fp32 graphs whose outputs are this one's inputs.
         audio: what is said; default: `demo/speech.wav`.
+        own: the fp32 graph itself, where it is not in the repository yet: the recogniser's decoder feeds itself.
 
     The tables and nets of Huma 1 are no real ones, since no such avatar is committed: they are drawn, with a seed.
 
@@ -84,17 +87,18 @@ def feeds(
     """
     graph = registry.graph(name)
     audio = speech() if audio is None else audio
-    made = {
+    makers: dict[str, Callable[[npt.NDArray[np.float32], Path], Iterator[Feed]]] = {
         "vad": _windows,
         "audio_encoder": _windows,
         "deformation": _features,
         "deformation_huma1": _heard,
         "asr_encoder": _clips,
-        "asr_decoder": _steps,
+        "asr_decoder": partial(_steps, own=own),
         "tts_encoder": _phonemes,
         "tts_flow": _drawn,
         "tts_decoder": _spoken,
-    }[name](audio, repository)
+    }
+    made = makers[name](audio, repository)
     names = [tensor.name for tensor in graph.inputs]
     return [{name: np.array(feed[name]) for name in names} for feed in made]  # copies: torch wants to be able to write
 
@@ -164,9 +168,10 @@ def _clips(audio: npt.NDArray[np.float32], _: Path) -> Iterator[Feed]:
         yield {"AUDIO": np.stack([audio[start : start + samples] for start in starts])}
 
 
-def _steps(audio: npt.NDArray[np.float32], repository: Path) -> Iterator[Feed]:
+def _steps(audio: npt.NDArray[np.float32], repository: Path, own: Path | None) -> Iterator[Feed]:
     """Of a greedy run over each batch of clips; a row that has ended goes on, as in any batch."""
-    encoder, decoder = _served(repository, "asr_encoder"), _served(repository, "asr_decoder")
+    encoder = _served(repository, "asr_encoder")
+    decoder = _served(repository, "asr_decoder") if own is None else session(own)
     for clip in itertools.islice(_clips(audio, repository), DECODED):
         (cross,) = encoder.run(["CROSS_KV"], clip)
         token, past = np.full((len(cross), 1), BOS), np.zeros_like(cross[..., :0, :])

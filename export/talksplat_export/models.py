@@ -199,7 +199,10 @@ def _export(model: Model, precision: Precision, repository: Path, modules: dict[
             source = path(model.name, "fp32", repository)
             proto = precisions.reduced(graph, precision, source, feeds.feeds(model.name, repository, heard))
         _onnx.write(unchecked, proto.SerializeToString())
-        deviations = _onnx.parity(graph, module, unchecked, feeds.feeds(model.name, repository, unheard), precision)
+        own = unchecked if precision == "fp32" else None
+        deviations = _onnx.parity(
+            graph, module, unchecked, feeds.feeds(model.name, repository, unheard, own=own), precision
+        )
         unchecked.replace(file)
         if model.beside and precision == "fp32":
             exporter.accompany(repository, **model.options)

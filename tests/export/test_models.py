@@ -59,7 +59,7 @@ def exporter(monkeypatch: pytest.MonkeyPatch, traced: onnx.ModelProto) -> Export
     monkeypatch.setattr(_onnx, "export", lambda *_: traced)  # as ever: tracing takes a second
     monkeypatch.setattr(models, "importlib", SimpleNamespace(import_module=lambda name, package: exporter))
     monkeypatch.setattr(registry, "GRAPHS", (ECHO, OTHER))
-    monkeypatch.setattr(feeds, "feeds", lambda *_: [{"X": np.ones((2, 3), np.float32)}])
+    monkeypatch.setattr(feeds, "feeds", lambda *_, own: [{"X": np.ones((2, 3), np.float32)}])
     return exporter
 
 
