@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -317,19 +318,25 @@ def test_prepared_replies_do_not_wait_for_a_phonemiser_that_hangs(
 
 def test_what_was_given_up_before_its_turn_is_not_said(server: Server, ask: Callable[[bytes, int], Any]) -> None:
     assert server.run_dir is not None
+    log = server.run_dir / "triton.log"
     words, first = triton.InferInput("TEXT", [1], "BYTES"), triton.InferInput("START", [1], "INT64")
     words.set_data_from_numpy(np.array([SENTENCE.encode()], np.object_))
     first.set_data_from_numpy(np.array([LONGEST_PIECE]))
-    with triton.InferenceServerClient(server.grpc_url) as client:
+
+    def dropped(client: triton.InferenceServerClient) -> bool:
+        """Some that wait are given up, unless all were answered, or had not even been sent."""
         calls = [
             client.async_infer("tts", [words, first], lambda result, error: None, request_id="given-up")
             for _ in range(20)
         ]
+        time.sleep(0.01)
         for call in calls:
             call.cancel()
         ask(SENTENCE.encode(), 0)
-    log = server.run_dir / "triton.log"
-    wait_for(lambda: any("given-up" in line and "dropped" in line for line in log.read_text().splitlines()))
+        return any("given-up" in line and "dropped" in line for line in log.read_text().splitlines())
+
+    with triton.InferenceServerClient(server.grpc_url) as client:
+        wait_for(lambda: dropped(client))
 
 
 @pytest.mark.parametrize(
